@@ -1,0 +1,121 @@
+"""Published PyTorch checkpoints (`ckpt.pt`): names and shapes of their tensors against ours.
+
+A published checkpoint is a dictionary of `model`, `optimizer`, `model_args`, `iter_num`, `best_val_loss` and
+`config`. Its linear weights are stored as [out, in]; ours as [in, out]. The output layer is the token embedding
+under a second name.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crystallm_jax.convert.torch_file import read_torch_file
+from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.model.config import ModelConfig
+
+COMPILED_PREFIX = "_orig_mod."
+_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+class PublishedCheckpoint(NamedTuple):
+    """What a published checkpoint holds that this package uses."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    step: int
+    best_val_loss: float
+
+
+def read_published(path: str | Path) -> PublishedCheckpoint:
+    """Read a published `ckpt.pt` into parameters of ours; every tensor is checked by name and shape.
+
+    Raises:
+        ModelError: not such a file, a tensor missing, left over or of another shape, or something in it that a
+            checkpoint has no need of.
+    """
+    saved = read_torch_file(path)
+    if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
+        raise ModelError(f"{path}: not a published checkpoint: it has no `model` and `model_args`")
+    config = _model_config(saved["model_args"], path)
+    tensors = {str(name).removeprefix(COMPILED_PREFIX): value for name, value in saved["model"].items()}
+    params = params_from_tensors(tensors, config, place=str(path))
+    best = saved.get("best_val_loss", float("inf"))
+    return PublishedCheckpoint(config, params, int(saved.get("iter_num", 0)), float(np.asarray(best)))
+
+
+def params_from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, *, place: str) -> dict[str, Any]:
+    """Arrange tensors under their published names into the nested parameters of `GPT`.
+
+    Raises:
+        ModelError: a tensor is missing, left over or of another shape than `config` asks for.
+    """
+    remaining = dict(tensors)
+    head = remaining.pop("lm_head.weight", None)
+    params: dict[str, Any] = {}
+    for name, entry in parameter_table(config).items():
+        if name not in remaining:
+            raise ModelError(f"{place}: tensor {name} is missing")
+        value = np.asarray(remaining.pop(name))
+        shape = entry.shape[::-1] if entry.transposed else entry.shape
+        if value.shape != shape:
+            raise ModelError(f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {shape}")
+        _place(params, entry.path, np.ascontiguousarray(value.T if entry.transposed else value, np.float32))
+    if remaining:
+        raise ModelError(f"{place}: tensors that no parameter takes: {', '.join(sorted(remaining)[:5])}")
+    if head is not None and not np.array_equal(head, tensors["transformer.wte.weight"]):
+        raise ModelError(f"{place}: its output layer is not its token embedding; only tied models are known")
+    return params
+
+
+class ParameterEntry(NamedTuple):
+    """Where a published tensor lives in our parameters, our shape, and whether the two are transposed."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+def parameter_table(config: ModelConfig) -> dict[str, ParameterEntry]:
+    """The published name of every parameter of a model."""
+    D = config.n_embd
+    table = {
+        "transformer.wte.weight": ParameterEntry(("wte", "embedding"), (config.vocab_size, D), transposed=False),
+        "transformer.wpe.weight": ParameterEntry(("wpe", "embedding"), (config.block_size, D), transposed=False),
+    }
+
+    def add(published: str, path: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        linear = len(shape) > 1
+        table[f"{published}.weight"] = ParameterEntry((*path, "kernel" if linear else "scale"), shape, linear)
+        if config.bias:
+            table[f"{published}.bias"] = ParameterEntry((*path, "bias"), shape[-1:], transposed=False)
+
+    for layer in range(config.n_layer):
+        published, ours = f"transformer.h.{layer}", f"h_{layer}"
+        add(f"{published}.ln_1", (ours, "ln_1"), (D,))
+        add(f"{published}.attn.c_attn", (ours, "attn", "c_attn"), (D, 3 * D))
+        add(f"{published}.attn.c_proj", (ours, "attn", "c_proj"), (D, D))
+        add(f"{published}.ln_2", (ours, "ln_2"), (D,))
+        add(f"{published}.mlp.c_fc", (ours, "mlp", "c_fc"), (D, 4 * D))
+        add(f"{published}.mlp.c_proj", (ours, "mlp", "c_proj"), (4 * D, D))
+    add("transformer.ln_f", ("ln_f",), (D,))
+    return table
+
+
+def _model_config(model_args: Any, path: str | Path) -> ModelConfig:  # noqa: ANN401 - from a file
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    try:
+        settings = {name: int(model_args[name]) for name in _SHAPE_KEYS}
+        bias, dropout = bool(model_args["bias"]), float(model_args.get("dropout", 0.0))
+        return ModelConfig(**settings, bias=bias, dropout=dropout)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        missing = sorted(known & set(_SHAPE_KEYS) - set(model_args)) if isinstance(model_args, dict) else []
+        reason = f"lacks {', '.join(missing)}" if missing else str(error)
+        raise ModelError(f"{path}: its model_args cannot be used: {reason}") from None
+
+
+def _place(params: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
+    for name in path[:-1]:
+        params = params.setdefault(name, {})
+    params[path[-1]] = value

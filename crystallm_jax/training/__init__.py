@@ -1,0 +1,1 @@
+"""Training: configuration, sharding, the compiled step, checkpoints and the loop."""

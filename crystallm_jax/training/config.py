@@ -1,0 +1,144 @@
+"""Settings of a training run, under the published names."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from crystallm_jax.errors import ConfigError
+from crystallm_jax.model.config import AttentionBackend, DType, ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Keys and defaults are those of the published `train.py` unless marked (new).
+
+    Attributes:
+        out_dir: the run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`.
+        dataset: a prepared folder.
+        init_from: `scratch`, `resume` (from `out_dir`), or the path of a model to start from.
+        eval_interval: optimiser steps between evaluations and checkpoints.
+        log_interval: optimiser steps between lines of `metrics.jsonl`.
+        eval_iters_train: batches of the training set in an evaluation (0 skips it).
+        eval_iters_val: batches of the validation set in an evaluation.
+        eval_only: evaluate once and stop.
+        always_save_checkpoint: save at every evaluation; otherwise only when the validation loss is the best so far.
+        validate: evaluate on the validation set.
+        keep_checkpoints: (new) checkpoints kept on disk, the newest; the best by validation loss is kept besides.
+        gradient_accumulation_steps: micro-batches a step; their gradients are summed, as published.
+        batch_size: sequences a micro-batch, over all devices.
+        block_size: tokens a sequence.
+        windows: (new) where training windows begin: at CIF `starts`, or `anywhere` in the stream.
+        n_layer: transformer blocks.
+        n_head: attention heads.
+        n_embd: width.
+        dropout: rate after embeddings and branches.
+        attention_dropout: (new) rate on attention probabilities; null takes `dropout`, as published.
+        bias: biases in LayerNorm and linear layers.
+        learning_rate: peak rate.
+        max_iters: optimiser steps (the published code makes one more).
+        weight_decay: of AdamW, on attention and MLP kernels only.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        grad_clip: greatest global norm of a step's gradient; 0 switches clipping off.
+        decay_lr: whether there is a schedule; otherwise `learning_rate` throughout, from the first step.
+        warmup_iters: steps of linear warm-up from 0.
+        lr_decay_iters: the step at which the cosine reaches `min_lr`.
+        min_lr: lowest rate.
+        device: accepted for published files and ignored: JAX takes the accelerator that is installed.
+        dtype: arithmetic of the model.
+        attention: (new) attention implementation.
+        compile: accepted for published files and ignored: the step is always compiled.
+        underrep_p: probability of a batch of under-represented records; only 0 so far.
+        seed: (new) of initialisation, dropout and the order of the data.
+        data_parallel: (new) size of the mesh's `data` axis; -1 takes the devices that `fsdp` leaves.
+        fsdp: (new) size of the mesh's `fsdp` axis, over which parameters and optimiser state are sharded.
+    """
+
+    out_dir: str = "out"
+    dataset: str = ""
+    init_from: str = "scratch"
+
+    eval_interval: int = 250
+    log_interval: int = 1
+    eval_iters_train: int = 0
+    eval_iters_val: int = 200
+    eval_only: bool = False
+    always_save_checkpoint: bool = False
+    validate: bool = False
+    keep_checkpoints: int = 3
+
+    gradient_accumulation_steps: int = 40
+    batch_size: int = 64
+    block_size: int = 2048
+    windows: Literal["starts", "anywhere"] = "starts"
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    attention_dropout: float | None = None
+    bias: bool = False
+
+    learning_rate: float = 6e-4
+    max_iters: int = 600_000
+    weight_decay: float = 1e-1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    decay_lr: bool = True
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 600_000
+    min_lr: float = 6e-5
+
+    device: str = "cuda"
+    dtype: DType = "bfloat16"
+    attention: AttentionBackend = "auto"
+    compile: bool = True
+    underrep_p: float = 0.0
+    seed: int = 1337
+    data_parallel: int = -1
+    fsdp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "eval_interval",
+            "log_interval",
+            "keep_checkpoints",
+            "gradient_accumulation_steps",
+            "batch_size",
+            "max_iters",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "eval_iters_val"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
+            raise ConfigError(
+                f"lr_decay_iters={self.lr_decay_iters} must be above warmup_iters={self.warmup_iters}"
+                " (or set decay_lr=false)"
+            )
+        if self.underrep_p != 0:
+            raise ConfigError(f"underrep_p={self.underrep_p}: oversampling is not available yet; set underrep_p=0")
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model that this run trains."""
+        return ModelConfig(
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            block_size=self.block_size,
+            vocab_size=vocab_size,
+            bias=self.bias,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimiser step reads."""
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size

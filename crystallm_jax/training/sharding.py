@@ -1,0 +1,100 @@
+"""Where arrays live: a device mesh, and rules from parameter paths to the axes they are split over.
+
+The model knows nothing of this. A parameter's path (`h_0/attn/c_attn/kernel`) must match exactly one rule; the
+optimiser's moments carry the same paths and so the same sharding.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from crystallm_jax.errors import ConfigError
+
+DATA, FSDP = "data", "fsdp"
+
+# Embeddings are split over the width: 371 tokens divide by nothing. Kernels are split over the side that is the
+# residual stream, so that each gather meets the same slice of it. What is one-dimensional is small: replicated.
+PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"wte/embedding", PartitionSpec(None, FSDP)),
+    (r"wpe/embedding", PartitionSpec(None, FSDP)),
+    (r"h_\d+/(attn/c_attn|mlp/c_fc)/kernel", PartitionSpec(FSDP, None)),
+    (r"h_\d+/(attn|mlp)/c_proj/kernel", PartitionSpec(None, FSDP)),
+    (r"(h_\d+/ln_[12]|ln_f)/(scale|bias)", PartitionSpec()),
+    (r"h_\d+/(attn/c_attn|attn/c_proj|mlp/c_fc|mlp/c_proj)/bias", PartitionSpec()),
+)
+
+# Batches are split over both axes: fsdp shards parameters and data over the same devices.
+MICRO_BATCHES = PartitionSpec(None, (DATA, FSDP), None)
+BATCH = PartitionSpec((DATA, FSDP), None)
+
+
+def make_mesh(data_parallel: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `data` × `fsdp` mesh over the devices given (all by default).
+
+    Raises:
+        ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise ConfigError(f"fsdp={fsdp} does not divide the {count} devices")
+    data = count // fsdp if data_parallel == -1 else data_parallel
+    if data * fsdp != count:
+        raise ConfigError(f"data_parallel={data_parallel} × fsdp={fsdp} is not the number of devices, {count}")
+    # Auto axes: Linen's modules do not state shardings, the compiler derives them (jax would default to Explicit).
+    grid = np.asarray(devices).reshape(data, fsdp)
+    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as text: `h_0/attn/c_attn/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def match_rule(name: str, rules: Sequence[tuple[str, Any]]) -> Any:  # noqa: ANN401 - whatever the rules give
+    """What the one rule that matches a parameter's path gives.
+
+    Raises:
+        ValueError: no rule or several match: the table and the model have drifted apart.
+    """
+    found = [value for pattern, value in rules if re.fullmatch(pattern, name)]
+    if len(found) != 1:
+        raise ValueError(f"parameter {name} matches {len(found)} rules; it must match exactly one")
+    return found[0]
+
+
+def parameter_specs(params: Any) -> Any:  # noqa: ANN401 - a pytree like params
+    """The partition of every parameter, a tree like `params`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: match_rule(path_name(path), PARAMETER_RULES), params)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:  # noqa: ANN401 - a pytree like state
+    """Shardings of a whole training state: parameters by the rules, the moments as their parameters, the rest whole.
+
+    Raises:
+        ConfigError: a dimension that is to be split does not divide by the mesh axis.
+    """
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:  # noqa: ANN401
+        name = path_name(path)
+        inner = re.search(r"(?:^|/)((?:wte|wpe|h_\d+|ln_f)/.*)$", name)
+        spec = match_rule(inner.group(1), PARAMETER_RULES) if inner else PartitionSpec()
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ConfigError(
+                    f"fsdp={mesh.shape[axis]} does not divide the {size} of {name}; choose n_embd as a multiple of it"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Refuse a micro-batch that cannot be split evenly over the mesh."""
+    shards = mesh.shape[DATA] * mesh.shape[FSDP]
+    if batch_size % shards:
+        raise ConfigError(f"batch_size={batch_size} is not a multiple of the {shards} devices it is split over")

@@ -1,0 +1,167 @@
+"""The training state and the compiled steps over it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from crystallm_jax.model import GPT, ModelConfig, init_params
+from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.optimizer import clip_by_norm, learning_rate_schedule, make_optimizer
+from crystallm_jax.training.sharding import BATCH, MICRO_BATCHES, check_batch_size, state_shardings
+
+# Targets of this value count for nothing (the published code's ignore_index).
+IGNORED_TARGET = -1
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step replaces.
+
+    Attributes:
+        step: int32, optimiser steps taken.
+        params: float32 parameters of `GPT`.
+        opt_state: the optimiser's moments and count.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, float32 scalars on the device (`micro_losses`: [A], one a micro-batch)."""
+
+    loss: jax.Array
+    micro_losses: jax.Array
+    learning_rate: jax.Array
+    grad_norm: jax.Array
+    param_norm: jax.Array
+
+
+class CompiledSteps(NamedTuple):
+    """Jitted functions of one run, with their shardings.
+
+    Attributes:
+        train: (state, tokens int [A, B, T + 1]) -> (state, StepMetrics); the state given is donated.
+        evaluate: (params, tokens int [B, T + 1]) -> mean loss.
+        shardings: of a TrainState.
+        micro_batches: sharding of `train`'s tokens.
+        batch: sharding of `evaluate`'s tokens.
+        abstract: shapes, dtypes and shardings of the state, for restoring into.
+    """
+
+    train: Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]
+    evaluate: Callable[[Any, jax.Array], jax.Array]
+    shardings: TrainState
+    micro_batches: NamedSharding
+    batch: NamedSharding
+    abstract: TrainState
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood in nats of int targets [B, T] under logits [B, T, V], ignored ones left out."""
+    counted = targets != IGNORED_TARGET
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0))
+    return jnp.sum(losses * counted) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def batch_loss(
+    config: ModelConfig, params: Any, tokens: jax.Array, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Mean loss of predicting tokens [:, 1:] from tokens [:, :-1]; a key switches dropout on."""
+    tokens = tokens.astype(jnp.int32)
+    logits, _ = GPT(config).apply(
+        {"params": params},
+        tokens[:, :-1],
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return cross_entropy(logits, tokens[:, 1:])
+
+
+def create_state(config: TrainConfig, params: Any) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=make_optimizer(config).init(params)
+    )
+
+
+def train_step(
+    config: TrainConfig, model_config: ModelConfig, state: TrainState, tokens: jax.Array
+) -> tuple[TrainState, StepMetrics]:
+    """One optimiser step over micro-batches [A, B, T + 1].
+
+    Gradients of the micro-batches are summed, not averaged, before clipping: the published code does not divide.
+    """
+    dropout = model_config.dropout > 0 or model_config.attention_dropout_rate > 0
+    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+    def add_micro_batch(total: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        number, micro_batch = numbered
+        key = jax.random.fold_in(step_key, number) if dropout else None
+        loss, grads = jax.value_and_grad(lambda p: batch_loss(model_config, p, micro_batch, key))(state.params)
+        return jax.tree.map(jnp.add, total, grads), loss
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    with jax.named_scope("gradients"):
+        grads, losses = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(tokens.shape[0]), tokens))
+    grad_norm = optax.global_norm(grads)
+    with jax.named_scope("update"):
+        updates, opt_state = make_optimizer(config).update(
+            clip_by_norm(grads, grad_norm, config.grad_clip), state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+    metrics = StepMetrics(
+        loss=losses.mean(),
+        micro_losses=losses,
+        learning_rate=jnp.asarray(learning_rate_schedule(config)(state.step), jnp.float32),
+        grad_norm=grad_norm,
+        param_norm=optax.global_norm(params),
+    )
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) -> CompiledSteps:
+    """Bind the steps to a mesh; each is compiled once, at its first call.
+
+    Raises:
+        ConfigError: the batch or the width does not divide over the mesh.
+    """
+    check_batch_size(config.batch_size, mesh)
+    shapes = jax.eval_shape(lambda key: create_state(config, init_params(model_config, key)), jax.random.key(0))
+    shardings = state_shardings(shapes, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    micro_batches, batch = NamedSharding(mesh, MICRO_BATCHES), NamedSharding(mesh, BATCH)
+    train = jax.jit(
+        lambda state, tokens: train_step(config, model_config, state, tokens),
+        in_shardings=(shardings, micro_batches),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    evaluate = jax.jit(
+        lambda params, tokens: batch_loss(model_config, params, tokens),
+        in_shardings=(shardings.params, batch),
+        out_shardings=whole,
+    )
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    return CompiledSteps(train, evaluate, shardings, micro_batches, batch, abstract)
+
+
+def initial_state(
+    config: TrainConfig, model_config: ModelConfig, steps: CompiledSteps, params: Any = None
+) -> TrainState:
+    """A sharded state: freshly initialised from the seed, or around given parameters."""
+    if params is None:
+        key = jax.random.key(config.seed)
+        make = jax.jit(lambda k: create_state(config, init_params(model_config, k)), out_shardings=steps.shardings)
+        return make(key)
+    # Without the copy, donating the state would delete the caller's arrays.
+    placed = jax.tree.map(lambda leaf, sharding: jax.device_put(leaf, sharding).copy(), params, steps.shardings.params)
+    return jax.jit(lambda p: create_state(config, p), out_shardings=steps.shardings)(placed)
