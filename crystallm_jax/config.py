@@ -47,6 +47,23 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
         raise ConfigError(_one_line(error, schema, str(path or "the defaults"))) from None
 
 
+def find_config(name: str | Path) -> Path:
+    """The configuration file of this path, or of this name among those that ship with the package.
+
+    Raises:
+        ConfigError: there is none; the message lists the names.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    # Installed, they lie inside the package; in a checkout, beside it.
+    package = Path(__file__).parent
+    shipped = [path for folder in (package, package.parent) for path in sorted((folder / "configs").glob("*.yaml"))]
+    for path in shipped:
+        if str(name) in (path.stem, path.name):
+            return path
+    raise ConfigError(f"{name}: no such file; configurations by name are {', '.join(path.stem for path in shipped)}")
+
+
 def to_yaml(config: Any) -> str:  # noqa: ANN401 - any dataclass instance
     """Write a configuration dataclass as YAML text that `load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -6,7 +6,7 @@ from typing import Literal
 from crystallm_jax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
-AttentionBackend = Literal["auto", "xla", "cudnn"]
+AttentionBackend = Literal["auto", "xla", "blocked", "cudnn"]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ class TrainConfig:
         out_dir: the run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`.
         dataset: a prepared folder.
         init_from: `scratch`, `resume` (from `out_dir`), or the path of a model to start from.
-        eval_interval: optimiser steps between evaluations and checkpoints.
+        eval_interval: optimiser steps between evaluations.
+        checkpoint_interval: (new) optimiser steps between checkpoints; 0 takes `eval_interval`.
         log_interval: optimiser steps between lines of `metrics.jsonl`.
         eval_iters_train: batches of the training set in an evaluation (0 skips it).
         eval_iters_val: batches of the validation set in an evaluation.
         eval_only: evaluate once and stop.
-        always_save_checkpoint: save at every evaluation; otherwise only when the validation loss is the best so far.
+        always_save_checkpoint: accepted for published files and ignored: checkpoints are always saved.
         validate: evaluate on the validation set.
         keep_checkpoints: (new) checkpoints kept on disk, the newest; the best by validation loss is kept besides.
         gradient_accumulation_steps: micro-batches a step; their gradients are summed, as published.
@@ -58,6 +59,7 @@ class TrainConfig:
     init_from: str = "scratch"
 
     eval_interval: int = 250
+    checkpoint_interval: int = 0
     log_interval: int = 1
     eval_iters_train: int = 0
     eval_iters_val: int = 200

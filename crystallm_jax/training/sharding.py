@@ -16,11 +16,10 @@ from crystallm_jax.errors import ConfigError
 
 DATA, FSDP = "data", "fsdp"
 
-# Embeddings are split over the width: 371 tokens divide by nothing. Kernels are split over the side that is the
-# residual stream, so that each gather meets the same slice of it. What is one-dimensional is small: replicated.
+# Kernels are split over the side that is the residual stream. What is small stays whole on every device:
+# embeddings (1 % of the large model; a lookup in a split table would be gathered whole anyway) and vectors.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"wte/embedding", PartitionSpec(None, FSDP)),
-    (r"wpe/embedding", PartitionSpec(None, FSDP)),
+    (r"(wte|wpe)/embedding", PartitionSpec()),
     (r"h_\d+/(attn/c_attn|mlp/c_fc)/kernel", PartitionSpec(FSDP, None)),
     (r"h_\d+/(attn|mlp)/c_proj/kernel", PartitionSpec(None, FSDP)),
     (r"(h_\d+/ln_[12]|ln_f)/(scale|bias)", PartitionSpec()),

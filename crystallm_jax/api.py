@@ -1,0 +1,212 @@
+"""The Python interface: a model that answers with logits and with samples."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crystallm_jax.cif import CIFError, CIFTokenizer, postprocess_cif
+from crystallm_jax.config import find_config, load_config
+from crystallm_jax.errors import ModelError, SamplingError
+from crystallm_jax.evaluation import ValidityReport, parse_structure, validate
+from crystallm_jax.model import GPT, ModelConfig, count_params, init_params
+from crystallm_jax.model.config import DType
+from crystallm_jax.sampling.generate import DEFAULT_BATCH_SIZE, Completion, GenerationRequest, generate
+from crystallm_jax.sampling.methods import SamplingMethod
+from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.load import load_weights
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
+# What the published tool puts above a text that it could not post-process.
+WARNING_LINE = "# WARNING: this text could not be post-processed"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text and what can be made of it.
+
+    Attributes:
+        prompt_index: which prompt, in the order given.
+        sample_index: which of its samples.
+        token_ids: prompt and generated tokens.
+        text: the same as text, as the model wrote it.
+        log_prob: log-probability in nats of what was generated (temperature 1, all tokens).
+        finished: whether the text came to its end; otherwise a limit cut it.
+    """
+
+    prompt_index: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    text: str
+    log_prob: float
+    finished: bool
+
+    @cached_property
+    def cif(self) -> str:
+        """An ordinary CIF: symmetry operators restored, property block removed; under a warning line if impossible."""
+        try:
+            return postprocess_cif(self.text)
+        except CIFError:
+            return f"{WARNING_LINE}\n{self.text}"
+
+    def structure(self) -> "Structure":
+        """The crystal as a pymatgen Structure.
+
+        Raises:
+            CIFError: the text does not describe one.
+        """
+        return parse_structure(self.cif)
+
+    def validate(self) -> ValidityReport:
+        """The verdicts on it."""
+        return validate(self.cif)
+
+
+@dataclass(frozen=True)
+class CrystalModel:
+    """A language model of crystals: its shape, its parameters, its tokenizer.
+
+    Attributes:
+        config: the shape and arithmetic.
+        params: nested float32 parameters, or whatever they were cast to.
+        name: where it came from.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any] = field(repr=False)
+    name: str = ""
+
+    @cached_property
+    def tokenizer(self) -> CIFTokenizer:
+        """The tokenizer of the published vocabulary."""
+        return CIFTokenizer()
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, the tied head counted once."""
+        return count_params(self.params)
+
+    def logits(self, tokens: Any) -> jax.Array:  # noqa: ANN401 - anything that makes an int array
+        """Next-token logits, float32 [B, T, V], for int tokens [B, T]; compiled once a shape.
+
+        Raises:
+            ModelError: not two-dimensional, longer than the context, or ids outside the vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ModelError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: expected integers [B, T]")
+        if tokens.shape[1] > self.config.block_size:
+            raise ModelError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.block_size}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise ModelError(f"token ids must lie within 0 and {self.config.vocab_size - 1}")
+        return _logits(self.config, self.params, jnp.asarray(tokens, jnp.int32))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = 10,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        constrain: None = None,
+        overflow: Literal["stop", "slide"] = "stop",
+    ) -> list[Sample]:
+        """Complete prompts; the samples come in the order of (prompt, sample).
+
+        Args:
+            prompts: texts made by `make_prompt`, or `data_` alone for anything.
+            num_samples: samples a prompt.
+            temperature: logits are divided by it.
+            top_k: only the k most likely tokens can be drawn; 1 is greedy, None draws from all.
+            max_new_tokens: most tokens to add; None goes on to the end of the context.
+            seed: of all randomness: the same sample for the same (seed, prompt, sample index).
+            batch_size: rows decoded together; None takes 64. It changes no sample.
+            constrain: not available yet; only None.
+            overflow: at the context's end, `stop` or (published, slow) `slide`.
+
+        Raises:
+            SamplingError: a prompt or setting that cannot be honoured.
+        """
+        if constrain is not None:
+            raise SamplingError(f"constrain={constrain!r}: constrained decoding is not available; leave it None")
+        request = GenerationRequest(
+            method=SamplingMethod(temperature=temperature, top_k=top_k),
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size if batch_size is not None else DEFAULT_BATCH_SIZE,
+            overflow=overflow,
+        )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        samples = [sample for batch in self.generate_batches(texts, request) for sample in batch]
+        return sorted(samples, key=lambda sample: (sample.prompt_index, sample.sample_index))
+
+    def generate_batches(self, prompts: Sequence[str], request: GenerationRequest) -> Iterator[list[Sample]]:
+        """Complete prompts, yielding the samples of each batch as it is done.
+
+        Raises:
+            SamplingError: a prompt that is no prompt or leaves no room.
+        """
+        newline_id = self.tokenizer.token_to_id["\n"]
+        encoded = [self._encode(prompt) for prompt in prompts]
+        for batch in generate(self.config, self.params, encoded, newline_id=newline_id, request=request):
+            yield [self._sample(completion) for completion in batch]
+
+    def _encode(self, prompt: str) -> np.ndarray:
+        if not prompt.startswith("data_"):
+            raise SamplingError(f"prompt {prompt[:40]!r} does not begin with data_: make it with make_prompt")
+        ids = self.tokenizer.encode_cif(prompt)
+        if (ids == self.tokenizer.unk_id).any():
+            raise SamplingError(f"prompt {prompt[:40]!r} has words that the vocabulary lacks")
+        return ids
+
+    def _sample(self, completion: Completion) -> Sample:
+        return Sample(text=self.tokenizer.decode(completion.token_ids), **completion._asdict())
+
+
+def load_model(path_or_name: str | Path = "default", *, dtype: DType = "float32") -> CrystalModel:
+    """Load a model: `default` (the one in the package), a run folder, a model folder, or a published `ckpt.pt`.
+
+    Args:
+        path_or_name: where it is.
+        dtype: arithmetic of the blocks; bfloat16 is faster on accelerators and gives other samples.
+
+    Raises:
+        ModelError: nothing of the kind is there, or it is damaged.
+    """
+    weights = load_weights(DEFAULT_MODEL if str(path_or_name) == "default" else path_or_name)
+    # Dropout is for training; the published code's leaks into sampling, ours does not.
+    config = replace(weights.config, dtype=dtype, dropout=0.0, attention_dropout=None, attention="auto")
+    return CrystalModel(config, jax.device_put(weights.params), str(path_or_name))
+
+
+def new_model(config: str | Path | ModelConfig, seed: int = 0) -> CrystalModel:
+    """A freshly initialised model, for tests and benchmarks.
+
+    Args:
+        config: a training configuration (path or name), or the shape itself.
+        seed: of the initialisation.
+
+    Raises:
+        ConfigError: no such configuration.
+    """
+    name = "" if isinstance(config, ModelConfig) else str(config)
+    if not isinstance(config, ModelConfig):
+        settings = load_config(TrainConfig, find_config(config))
+        config = replace(settings.model_config(CIFTokenizer().vocab_size), dtype="float32")
+    return CrystalModel(config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed)), name)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
+    return GPT(config).apply({"params": params}, tokens)[0]

@@ -1,0 +1,47 @@
+"""The command line: one module a verb, each with `add_parser` and `run`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import crystallm_jax
+from crystallm_jax.cli import prepare, sample, train
+from crystallm_jax.errors import ConfigError, CrystallmError
+
+VERBS = (prepare, train, sample)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 failed, 2 wrong usage, 128 + n after signal n."""
+    parser = argparse.ArgumentParser(
+        prog="crystallm", description="Crystal structures from a language model of CIF text."
+    )
+    parser.add_argument("--version", action="version", version=f"crystallm-jax {crystallm_jax.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    parsed = parser.parse_args(arguments)
+    _log_to_stderr()
+    try:
+        return parsed.run(parsed)
+    except CrystallmError as error:
+        print(f"crystallm {parsed.verb}: {error}", file=sys.stderr)  # noqa: T201
+        return 128 + getattr(error, "signal_number", 0) if hasattr(error, "signal_number") else _code(error)
+    except KeyboardInterrupt:
+        print(f"crystallm {parsed.verb}: interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def _code(error: CrystallmError) -> int:
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _log_to_stderr() -> None:
+    """Show this package's messages, and no library's."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("crystallm_jax")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
+    logger.propagate = False

@@ -1,0 +1,1 @@
+"""Sampling: a compiled, cached decode loop over batches of prompts."""

@@ -1,0 +1,47 @@
+"""How the next token is drawn from a row of logits."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from crystallm_jax.errors import SamplingError
+
+
+@dataclass(frozen=True)
+class SamplingMethod:
+    """Top-k sampling with a temperature.
+
+    Attributes:
+        temperature: logits are divided by it; above 0.
+        top_k: only the k most likely tokens, and those that tie with the k-th, can be drawn (as published);
+            None draws from all, 1 is greedy.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = 10
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise SamplingError(f"temperature={self.temperature}: must be above 0; for the most likely token use top_k=1")
+        if self.top_k is not None and self.top_k < 1:
+            raise SamplingError(f"top_k={self.top_k}: must be at least 1")
+
+
+def filtered_logits(method: SamplingMethod, logits: jax.Array) -> jax.Array:
+    """Logits [..., V] over the temperature, minus infinity where a token cannot be drawn."""
+    logits = logits / method.temperature
+    if method.top_k is None or method.top_k >= logits.shape[-1]:
+        return logits
+    kth = jax.lax.top_k(logits, method.top_k)[0][..., -1:]
+    return jnp.where(logits < kth, -jnp.inf, logits)
+
+
+def draw(method: SamplingMethod, logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """One token for each row of logits [B, V], int32 [B], row b by keys[b] alone.
+
+    Greedy takes the first of the most likely tokens, so that ties do not hang on the key.
+    """
+    if method.top_k == 1:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, filtered_logits(method, logits)).astype(jnp.int32)

@@ -1,0 +1,139 @@
+"""Checkpoints of a run: the only place that uses orbax.
+
+A checkpoint holds the training state, the data iterator's state and a description (configuration, validation loss,
+versions). It appears under its final name when it is complete: a kill or a full disk in the middle of writing
+leaves the one before as the newest.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from crystallm_jax.errors import ModelError
+from crystallm_jax.training.step import TrainState
+
+_VALIDATION_LOSS = "val_loss"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives back."""
+
+    step: int
+    state: TrainState
+    data_state: dict[str, Any]
+    description: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; a context manager that waits for what is being written.
+
+    Args:
+        folder: where they are kept, one subfolder a step.
+        keep: how many of the newest to keep; the best by validation loss is kept besides.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder = folder.absolute()
+        best = BestN(
+            get_metric_fn=lambda metrics: -metrics.get(_VALIDATION_LOSS, float("inf")),
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy([LatestN(keep), best])),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        step: int,
+        data_state: dict[str, Any],
+        description: dict[str, Any],
+        val_loss: float | None,
+    ) -> None:
+        """Start writing a checkpoint; it is copied off the device before this returns and written behind it.
+
+        Raises:
+            ModelError: the checkpoint before could not be written.
+        """
+        self._guarded(
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(data_state),
+                    description=ocp.args.JsonSave(description),
+                ),
+                metrics=None if val_loss is None else {_VALIDATION_LOSS: val_loss},
+                force=True,
+            )
+        )
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+            ModelError: it could not be written.
+        """
+        self._guarded(self._manager.wait_until_finished)
+
+    def describe(self, step: int | None = None) -> dict[str, Any]:
+        """The description of a checkpoint (the newest by default), without its arrays."""
+        step = self._existing(step)
+        return self._manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore())).description
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
+        """Read a checkpoint (the newest by default) straight into the shardings of `abstract`.
+
+        Raises:
+            ModelError: there is none, or its arrays have other shapes.
+        """
+        step = self._existing(step)
+        try:
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    data=ocp.args.JsonRestore(),
+                    description=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ModelError(f"{self.folder / str(step)}: cannot be restored: {_first_line(error)}") from None
+        return Restored(step, items.state, items.data, items.description)
+
+    def _existing(self, step: int | None) -> int:
+        steps = self._manager.all_steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "" if step is None else f" of step {step}"
+            raise ModelError(f"{self.folder}: no complete checkpoint{wanted}; start with init_from=scratch")
+        return self._manager.latest_step() if step is None else step
+
+    def _guarded(self, action: Any) -> None:  # noqa: ANN401 - a function
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            newest = self._manager.latest_step()
+            kept = f"the checkpoint of step {newest} is intact" if newest is not None else "none is complete"
+            raise ModelError(f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]

@@ -1,0 +1,76 @@
+"""Weights from wherever they are: a published checkpoint, a model folder, or a run of this package."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from crystallm_jax.config import load_config
+from crystallm_jax.convert.folder import WEIGHTS_FILE, read_folder
+from crystallm_jax.convert.published import read_published
+from crystallm_jax.errors import ModelError
+from crystallm_jax.model import ModelConfig
+from crystallm_jax.training.checkpoint import Checkpoints
+from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.sharding import make_mesh
+from crystallm_jax.training.step import compile_steps
+
+CHECKPOINTS_FOLDER = "checkpoints"
+CONFIG_FILE = "config.yaml"
+
+
+class Weights(NamedTuple):
+    """A model's shape and its float32 parameters on the host."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Read a published `ckpt.pt`, a model folder, or the newest checkpoint of a run folder.
+
+    Raises:
+        ModelError: nothing of the kind is there, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        published = read_published(path)
+        return Weights(published.config, published.params)
+    if (path / WEIGHTS_FILE).is_file():
+        folder = read_folder(path)
+        return Weights(folder.config, folder.params)
+    if (path / CHECKPOINTS_FOLDER).is_dir():
+        return _read_run(path)
+    raise ModelError(
+        f"{path}: no model there; expected a published ckpt.pt, a folder with {WEIGHTS_FILE}, or a run folder"
+        f" with {CHECKPOINTS_FOLDER}/"
+    )
+
+
+def crop_block_size(weights: Weights, block_size: int, *, place: str) -> Weights:
+    """The same model with a shorter context: position embeddings beyond it are dropped, as published.
+
+    Raises:
+        ModelError: the model's context is shorter than that.
+    """
+    if block_size > weights.config.block_size:
+        raise ModelError(
+            f"{place}: its context is {weights.config.block_size} tokens; block_size={block_size} would need"
+            " positions that it never learned"
+        )
+    table = weights.params["wpe"]["embedding"][:block_size]
+    config = ModelConfig(**{**vars(weights.config), "block_size": block_size})
+    return Weights(config, {**weights.params, "wpe": {"embedding": table}})
+
+
+def _read_run(path: Path) -> Weights:
+    config = load_config(TrainConfig, path / CONFIG_FILE)
+    with Checkpoints(path / CHECKPOINTS_FOLDER) as checkpoints:
+        vocab_size = int(checkpoints.describe()["vocab_size"])
+        model_config = config.model_config(vocab_size)
+        # Whatever mesh it was trained on, it is read onto one device.
+        one_device = make_mesh(1, 1, jax.devices()[:1])
+        steps = compile_steps(config, model_config, one_device)
+        state = checkpoints.restore(steps.abstract).state
+    return Weights(model_config, jax.tree.map(np.asarray, state.params))
