@@ -17,6 +17,7 @@ from flax import linen as nn
 from crystallm_jax.model.attention import cached_attention, causal_attention, choose_backend, matmul_precision
 from crystallm_jax.model.cache import KVCache, append
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.model.linear import Linear
 
 # GPT-2's initialisation (Radford et al. 2019); branches that add to the residual stream start smaller.
 INIT_STD = 0.02
@@ -30,15 +31,8 @@ def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     )
 
 
-def _linear(config: ModelConfig, features: int, name: str, *, std: float = INIT_STD) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=config.bias,
-        dtype=config.dtype,
-        precision=matmul_precision(jnp.dtype(config.dtype)),
-        kernel_init=nn.initializers.normal(std),
-        name=name,
-    )
+def _linear(config: ModelConfig, features: int, name: str, *, std: float = INIT_STD) -> Linear:
+    return Linear(features, use_bias=config.bias, dtype=config.dtype, std=std, name=name)
 
 
 def _residual_std(config: ModelConfig) -> float:
