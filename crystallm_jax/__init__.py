@@ -18,7 +18,14 @@ if TYPE_CHECKING:
         stream_text,
         symmetrized_cif,
     )
-    from crystallm_jax.errors import CIFError, ConfigError, CrystallmError, DataError, ModelError, SamplingError
+    from crystallm_jax.errors import (
+        CIFError,
+        ConfigError,
+        CrystallmError,
+        DataError,
+        ModelError,
+        SamplingError,
+    )
     from crystallm_jax.evaluation import ValidityReport, match, validate
 
 _HOMES = {
@@ -31,7 +38,14 @@ _HOMES = {
         "stream_text",
         "symmetrized_cif",
     ),
-    "crystallm_jax.errors": ("CIFError", "ConfigError", "CrystallmError", "DataError", "ModelError", "SamplingError"),
+    "crystallm_jax.errors": (
+        "CIFError",
+        "ConfigError",
+        "CrystallmError",
+        "DataError",
+        "ModelError",
+        "SamplingError",
+    ),
     "crystallm_jax.evaluation": ("ValidityReport", "match", "validate"),
 }
 
@@ -58,7 +72,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)

@@ -94,7 +94,7 @@ class CrystalModel:
         """Number of parameters, the tied head counted once."""
         return count_params(self.params)
 
-    def logits(self, tokens: Any) -> jax.Array:  # noqa: ANN401 - anything that makes an int array
+    def logits(self, tokens: Any) -> jax.Array:
         """Next-token logits, float32 [B, T, V], for int tokens [B, T]; compiled once a shape.
 
         Raises:
@@ -102,7 +102,9 @@ class CrystalModel:
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ModelError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: expected integers [B, T]")
+            raise ModelError(
+                f"tokens of shape {tokens.shape} and type {tokens.dtype}: expected integers [B, T]"
+            )
         if tokens.shape[1] > self.config.block_size:
             raise ModelError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.block_size}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
@@ -138,7 +140,9 @@ class CrystalModel:
             SamplingError: a prompt or setting that cannot be honoured.
         """
         if constrain is not None:
-            raise SamplingError(f"constrain={constrain!r}: constrained decoding is not available; leave it None")
+            raise SamplingError(
+                f"constrain={constrain!r}: constrained decoding is not available; leave it None"
+            )
         request = GenerationRequest(
             method=SamplingMethod(temperature=temperature, top_k=top_k),
             num_samples=num_samples,

@@ -18,7 +18,9 @@ from crystallm_jax.errors import ConfigError
 ConfigT = TypeVar("ConfigT")
 
 
-def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    schema: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()
+) -> ConfigT:
     """Build a `schema` from its defaults, then the YAML file, then the overrides.
 
     Args:
@@ -33,8 +35,7 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
     layers: list[tuple[str, DictConfig]] = []
     if path is not None:
         layers.append((str(path), _read_yaml(Path(path))))
-    for text in overrides:
-        layers.append(("the command line", _parse_override(text)))
+    layers += [("the command line", _parse_override(text)) for text in overrides]
     for place, layer in layers:
         _check_keys(schema, layer, place)
         try:
@@ -42,7 +43,7 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
         except OmegaConfBaseException as error:
             raise ConfigError(_one_line(error, schema, place)) from None
     try:
-        return cast(ConfigT, OmegaConf.to_object(base))
+        return cast("ConfigT", OmegaConf.to_object(base))
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line(error, schema, str(path or "the defaults"))) from None
 
@@ -57,14 +58,18 @@ def find_config(name: str | Path) -> Path:
         return Path(name)
     # Installed, they lie inside the package; in a checkout, beside it.
     package = Path(__file__).parent
-    shipped = [path for folder in (package, package.parent) for path in sorted((folder / "configs").glob("*.yaml"))]
+    shipped = [
+        path for folder in (package, package.parent) for path in sorted((folder / "configs").glob("*.yaml"))
+    ]
     for path in shipped:
         if str(name) in (path.stem, path.name):
             return path
-    raise ConfigError(f"{name}: no such file; configurations by name are {', '.join(path.stem for path in shipped)}")
+    raise ConfigError(
+        f"{name}: no such file; configurations by name are {', '.join(path.stem for path in shipped)}"
+    )
 
 
-def to_yaml(config: Any) -> str:  # noqa: ANN401 - any dataclass instance
+def to_yaml(config: Any) -> str:
     """Write a configuration dataclass as YAML text that `load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -99,7 +104,7 @@ def _check_keys(schema: type, layer: DictConfig, place: str) -> None:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(sorted(fields))}"
             raise ConfigError(f"unknown configuration key {key!r} in {place}{hint}")
-        value = layer._get_node(key)._value()  # type: ignore[union-attr]  # interpolations stay unresolved
+        value = layer._get_node(key)._value()  # interpolations stay unresolved
         # OmegaConf takes any non-zero number for true: a `bias=3` is a slip of the hand.
         if fields[key] is bool and isinstance(value, (int, float)) and value not in (0, 1):
             raise ConfigError(f"{key}={value} in {place}: expected true or false")
@@ -108,5 +113,9 @@ def _check_keys(schema: type, layer: DictConfig, place: str) -> None:
 def _one_line(error: OmegaConfBaseException, schema: type, place: str) -> str:
     message = str(error).split("\n", 1)[0].rstrip(".")
     key = str(error.full_key or error.key or "")
-    wanted = {field.name: getattr(field.type, "__name__", str(field.type)) for field in dataclasses.fields(schema)}
-    return f"{key} in {place}: {message} (expected {wanted[key]})" if key in wanted else f"{message} in {place}"
+    wanted = {
+        field.name: getattr(field.type, "__name__", str(field.type)) for field in dataclasses.fields(schema)
+    }
+    return (
+        f"{key} in {place}: {message} (expected {wanted[key]})" if key in wanted else f"{message} in {place}"
+    )

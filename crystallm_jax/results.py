@@ -126,7 +126,7 @@ class ResultsFolder:
         partial.replace(self.path / STRUCTURES_FILE)
         return len(frames)
 
-    def write_run(self, **values: Any) -> None:  # noqa: ANN401 - JSON values
+    def write_run(self, **values: Any) -> None:
         """Write `run.json`: settings, versions and what came of it."""
         names = ("jax", "flax", "pymatgen", "pymatgen-core", "spglib", "numpy", "crystallm-jax")
         versions = {name: _version(name) for name in names} | {"python": platform.python_version()}
@@ -145,7 +145,7 @@ def sample_into(
     request: GenerationRequest,
     *,
     pool: ValidatorPool,
-    on_batch: Any = None,  # noqa: ANN401 - a callable
+    on_batch: Any = None,
 ) -> Summary:
     """Sample, validate and write; validation runs in the pool while the device goes on.
 
@@ -192,7 +192,11 @@ def sample_into(
 
 
 def _summarise(
-    outcomes: Sequence[Outcome], model: CrystalModel, prompts: Sequence[Prompt], sampling_seconds: float, seconds: float
+    outcomes: Sequence[Outcome],
+    model: CrystalModel,
+    prompts: Sequence[Prompt],
+    sampling_seconds: float,
+    seconds: float,
 ) -> Summary:
     prompt_tokens = [len(model.tokenizer.encode_cif(prompt.text)) for prompt in prompts]
     generated = sum(len(o.sample.token_ids) - prompt_tokens[o.sample.prompt_index] for o in outcomes)
@@ -200,7 +204,12 @@ def _summarise(
     reasons = Counter(_first_reason(outcome) for outcome in outcomes if not outcome.report.valid)
     valid = sum(outcome.report.valid for outcome in outcomes)
     return Summary(
-        len(outcomes), valid, dict(reasons.most_common()), generated, round(sampling_seconds, 2), round(seconds, 2)
+        len(outcomes),
+        valid,
+        dict(reasons.most_common()),
+        generated,
+        round(sampling_seconds, 2),
+        round(seconds, 2),
     )
 
 

@@ -39,7 +39,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="of records with the same cell formula and space group keep the lowest volume a formula unit "
         "(default: keep all)",
     )
-    parser.add_argument("--val", nargs="+", default=[], metavar="INPUT", help="the validation set, if it is apart")
+    parser.add_argument(
+        "--val", nargs="+", default=[], metavar="INPUT", help="the validation set, if it is apart"
+    )
     parser.add_argument("--test", nargs="+", default=[], metavar="INPUT", help="the test set, if it is apart")
     parser.add_argument(
         "--split",

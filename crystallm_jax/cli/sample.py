@@ -18,7 +18,7 @@ A composition counts the atoms of the whole cell. --prompts reads a CSV with a c
 """
 
 
-def add_parser(verbs: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
+def add_parser(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "sample",
@@ -37,27 +37,53 @@ def add_parser(verbs: Any) -> None:  # noqa: ANN401 - argparse keeps the type to
     prompts.add_argument("--composition", metavar="C", help="of the whole cell: Na4Cl4")
     prompts.add_argument("--formula", metavar="F", help="a formula unit, NaCl; --z says how many fill a cell")
     prompts.add_argument("--prompts", metavar="FILE", help="many prompts, see below")
-    prompts.add_argument("--unconditional", action="store_true", help="leave even the composition to the model")
+    prompts.add_argument(
+        "--unconditional", action="store_true", help="leave even the composition to the model"
+    )
     add("--z", type=_whole_numbers, default=(1, 2, 3, 4), help="formula units a cell (default: 1,2,3,4)")
     add("--spacegroup", metavar="S", help="a symbol (Fm-3m) or a number (225)")
     add("--with-spacegroup", action="store_true", help="prompt the records of a prepared folder with theirs")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
     add("--num-samples", type=int, default=1, metavar="N", help="samples a prompt (default: %(default)s)")
     add("--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s")
-    add("--top-k", type=int, default=10, metavar="K", help="1 is greedy, 0 draws from all (default: %(default)s)")
+    add(
+        "--top-k",
+        type=int,
+        default=10,
+        metavar="K",
+        help="1 is greedy, 0 draws from all (default: %(default)s)",
+    )
     add("--max-new-tokens", type=int, metavar="N", help="most tokens to add (default: to the context's end)")
     add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
-    add("--batch-size", type=int, default=64, metavar="B", help="rows decoded together (default: %(default)s)")
+    add(
+        "--batch-size", type=int, default=64, metavar="B", help="rows decoded together (default: %(default)s)"
+    )
     add(
         "--overflow",
         choices=("stop", "slide"),
         default="stop",
         help="at the context's end: stop, or slide as published, slowly (default: %(default)s)",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="arithmetic (default: %(default)s)",
+    )
     add("--workers", type=int, metavar="N", help="validating processes (default: one a usable core)")
-    add("--time-limit", type=float, default=60.0, metavar="S", help="seconds to validate one (default: %(default)s)")
-    add("--out", required=True, metavar="DIR", help="folder to write: cifs/, samples.csv, structures.extxyz, run.json")
+    add(
+        "--time-limit",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds to validate one (default: %(default)s)",
+    )
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder to write: cifs/, samples.csv, structures.extxyz, run.json",
+    )
     parser.set_defaults(run=run)
 
 
@@ -100,7 +126,9 @@ def _prompts(arguments: argparse.Namespace) -> "list[Prompt]":
     from crystallm_jax.sampling import prompts as sources  # noqa: PLC0415
 
     if arguments.spacegroup is not None and (arguments.prompts or arguments.unconditional):
-        raise ConfigError("--spacegroup goes with --composition or --formula; in a file it stands beside each")
+        raise ConfigError(
+            "--spacegroup goes with --composition or --formula; in a file it stands beside each"
+        )
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
     if arguments.unconditional:

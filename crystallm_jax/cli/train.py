@@ -1,20 +1,26 @@
 """`crystallm train`: train a model as a YAML file and `key=value` overrides say."""
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from crystallm_jax.data.corpus import EMBEDDED
+
+# Fractions of the embedded corpus for validation and test: 3,000 crystals, some 100 of them in each.
+_EMBEDDED_SPLIT = (0.04, 0.03)
 
 _EXAMPLE = """example:
   crystallm prepare structures.csv --out data/mine --split 0.1,0.01
   crystallm train --config tiny dataset=data/mine out_dir=runs/tiny
   crystallm train --config tiny dataset=data/mine out_dir=runs/tiny init_from=resume
 
-Without dataset=DIR the corpus that ships with the package is prepared and used. The keys are those of the published
-configurations; CONTRIBUTING.md and crystallm_jax/training/config.py describe each. Ctrl-C and SIGTERM save before
-they stop.
+dataset=embedded takes the corpus in the package (it is prepared into out_dir first). The keys are those of the
+published configurations; crystallm_jax/training/config.py describes each. Ctrl-C and SIGTERM save before they stop.
 """
 
 
-def add_parser(verbs: Any) -> None:  # noqa: ANN401 - argparse keeps the type to itself
+def add_parser(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "train",
@@ -24,7 +30,9 @@ def add_parser(verbs: Any) -> None:  # noqa: ANN401 - argparse keeps the type to
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="a YAML file, or the name of one in configs/ (default: no file, defaults)"
+        "--config",
+        metavar="FILE",
+        help="a YAML file, or the name of one in configs/ (default: no file, defaults)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
     parser.set_defaults(run=run)
@@ -37,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     path = None if arguments.config is None else find_config(arguments.config)
     config = load_config(TrainConfig, path, arguments.overrides)
+    if config.dataset == EMBEDDED:
+        config = replace(config, dataset=str(_prepare_embedded(Path(config.out_dir))))
 
     from crystallm_jax.training.loop import run as train  # noqa: PLC0415 - JAX only once the settings are good
 
@@ -45,3 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"step {result.step}: loss {result.loss:.4f}{validation}")  # noqa: T201
     print(f"next: crystallm sample --model {config.out_dir} --composition Na4Cl4 --out samples")  # noqa: T201
     return 0
+
+
+def _prepare_embedded(out_dir: Path) -> Path:
+    """Prepare the corpus in the package into a run folder, unless it is there already."""
+    from crystallm_jax.data.prepare import prepare  # noqa: PLC0415 - pymatgen is needed for this alone
+
+    folder = out_dir / "dataset"
+    if not (folder / "meta.json").is_file():
+        report = prepare([EMBEDDED], folder, split=_EMBEDDED_SPLIT)
+        print(f"embedded corpus: {report.n_kept:,} crystals, {report.n_tokens:,} tokens in {folder}")  # noqa: T201
+    return folder

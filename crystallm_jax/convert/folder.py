@@ -49,7 +49,9 @@ def read_folder(path: str | Path) -> ModelFolder:
             raise ModelError(f"{weights}: tensor {name} is missing")
         value = tensors.pop(name)
         if value.shape != entry.shape:
-            raise ModelError(f"{weights}: tensor {name} has shape {value.shape}; {CONFIG_FILE} asks for {entry.shape}")
+            raise ModelError(
+                f"{weights}: tensor {name} has shape {value.shape}; {CONFIG_FILE} asks for {entry.shape}"
+            )
         place = params
         for part in entry.path[:-1]:
             place = place.setdefault(part, {})

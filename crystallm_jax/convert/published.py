@@ -5,7 +5,6 @@ A published checkpoint is a dictionary of `model`, `optimizer`, `model_args`, `i
 under a second name.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
 
 COMPILED_PREFIX = "_orig_mod."
-_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 
 
 class PublishedCheckpoint(NamedTuple):
@@ -60,7 +59,9 @@ def params_from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, *, 
         value = np.asarray(remaining.pop(name))
         shape = entry.shape[::-1] if entry.transposed else entry.shape
         if value.shape != shape:
-            raise ModelError(f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {shape}")
+            raise ModelError(
+                f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {shape}"
+            )
         _place(params, entry.path, np.ascontiguousarray(value.T if entry.transposed else value, np.float32))
     if remaining:
         raise ModelError(f"{place}: tensors that no parameter takes: {', '.join(sorted(remaining)[:5])}")
@@ -81,8 +82,12 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterEntry]:
     """The published name of every parameter of a model."""
     D = config.n_embd
     table = {
-        "transformer.wte.weight": ParameterEntry(("wte", "embedding"), (config.vocab_size, D), transposed=False),
-        "transformer.wpe.weight": ParameterEntry(("wpe", "embedding"), (config.block_size, D), transposed=False),
+        "transformer.wte.weight": ParameterEntry(
+            ("wte", "embedding"), (config.vocab_size, D), transposed=False
+        ),
+        "transformer.wpe.weight": ParameterEntry(
+            ("wpe", "embedding"), (config.block_size, D), transposed=False
+        ),
     }
 
     def add(published: str, path: tuple[str, ...], shape: tuple[int, ...]) -> None:
@@ -103,14 +108,19 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterEntry]:
     return table
 
 
-def _model_config(model_args: Any, path: str | Path) -> ModelConfig:  # noqa: ANN401 - from a file
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
+def _model_config(model_args: Any, path: str | Path) -> ModelConfig:
     try:
-        settings = {name: int(model_args[name]) for name in _SHAPE_KEYS}
-        bias, dropout = bool(model_args["bias"]), float(model_args.get("dropout", 0.0))
-        return ModelConfig(**settings, bias=bias, dropout=dropout)
+        return ModelConfig(
+            n_layer=int(model_args["n_layer"]),
+            n_head=int(model_args["n_head"]),
+            n_embd=int(model_args["n_embd"]),
+            block_size=int(model_args["block_size"]),
+            vocab_size=int(model_args["vocab_size"]),
+            bias=bool(model_args["bias"]),
+            dropout=float(model_args.get("dropout", 0.0)),
+        )
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        missing = sorted(known & set(_SHAPE_KEYS) - set(model_args)) if isinstance(model_args, dict) else []
+        missing = sorted(set(_SHAPE_KEYS) - set(model_args)) if isinstance(model_args, dict) else []
         reason = f"lacks {', '.join(missing)}" if missing else str(error)
         raise ModelError(f"{path}: its model_args cannot be used: {reason}") from None
 

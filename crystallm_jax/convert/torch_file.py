@@ -20,7 +20,7 @@ from crystallm_jax.errors import ModelError
 # A member may not claim to unpack to more than this many times its packed size: tensors are stored unpacked.
 MAX_EXPANSION = 8
 
-_STORAGE_DTYPES = {
+_STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),
@@ -41,7 +41,7 @@ class _Storage(NamedTuple):
     values: np.ndarray
 
 
-def read_torch_file(path: str | Path) -> Any:  # noqa: ANN401 - whatever was saved
+def read_torch_file(path: str | Path) -> Any:
     """Read the object that `torch.save` wrote, its tensors as NumPy arrays.
 
     Raises:
@@ -63,7 +63,7 @@ def read_torch_file(path: str | Path) -> Any:  # noqa: ANN401 - whatever was sav
         raise ModelError(f"{path}: its description of the tensors is damaged: {reason}") from None
 
 
-def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:  # noqa: ANN401
+def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
     pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ModelError(f"{path}: a zip file, but not one that torch.save wrote (no single data.pkl in it)")
@@ -81,7 +81,7 @@ class _TensorUnpickler(pickle.Unpickler):
         self._archive = archive
         self._root = root
 
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -92,7 +92,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return _StorageType(name)
         raise pickle.UnpicklingError(f"it wants {module}.{name}, which a checkpoint has no need of; refused")
 
-    def persistent_load(self, pid: Any) -> _Storage:  # noqa: ANN401
+    def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _location, count = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType) or not str(key).isalnum():
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")

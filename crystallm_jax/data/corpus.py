@@ -8,6 +8,9 @@ from pathlib import Path
 
 from crystallm_jax.data.readers import Record, read_records
 
+EMBEDDED = "embedded"
+"""The name by which `prepare` and `train` know it."""
+
 
 def corpus_path() -> Path:
     """The file itself: xz-compressed CSV with the columns `id`, `prototype`, `charges` and `cif`.

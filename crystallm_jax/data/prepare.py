@@ -29,14 +29,13 @@ from pebble import ProcessPool
 from tqdm import tqdm
 
 from crystallm_jax import __version__
-from crystallm_jax.data.corpus import corpus_path
+from crystallm_jax.data.corpus import EMBEDDED, corpus_path
 from crystallm_jax.data.pipeline import Dropped, Options, Prepared, prepare_batch, prepare_one, warm_up
 from crystallm_jax.data.readers import Record, read_records, unique_ids
 from crystallm_jax.data.store import SPLITS, SplitHeader
 from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import DataError
 
-EMBEDDED = "embedded"
 PUBLISHED_SPLIT = (0.10, 0.0045)
 PUBLISHED_SEED = 20230610
 

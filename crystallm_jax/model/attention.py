@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from crystallm_jax.model.config import AttentionBackend
 
-
 Backend = Literal["xla", "blocked", "cudnn"]
 
 # Query rows that the blocked form handles at a time; the fastest of 64, 128 and 256 on a CPU at 512 tokens.
@@ -53,7 +52,9 @@ def causal_attention(
     """
     if backend == "cudnn":
         heads_inside = [x.swapaxes(1, 2) for x in (q_BHTd, k_BHTd, v_BHTd)]
-        return jax.nn.dot_product_attention(*heads_inside, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+        return jax.nn.dot_product_attention(*heads_inside, is_causal=True, implementation="cudnn").swapaxes(
+            1, 2
+        )
     # The blocked form never computes most of the scores that the causal mask would throw away, and keeps none for
     # the backward pass: a block of queries sees the keys up to its own end.
     T = q_BHTd.shape[2]

@@ -4,14 +4,16 @@ Rows are left-aligned: row b holds positions 0 to length[b] - 1, and whatever li
 has buffers of its own, so that a compiled loop updates each in place instead of copying a stacked one.
 """
 
+from dataclasses import dataclass, replace
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from crystallm_jax.model.config import ModelConfig
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class KVCache:
     """Keys and values of the tokens seen so far.
 
@@ -42,7 +44,8 @@ def init_cache(config: ModelConfig, batch_size: int, size: int) -> KVCache:
 def grow_cache(cache: KVCache, size: int) -> KVCache:
     """The same cache with room for `size` positions a row; `size` is at least the present one."""
     extra = [(0, 0), (0, 0), (0, size - cache.size), (0, 0)]
-    return cache.replace(
+    return replace(
+        cache,
         keys=tuple(jnp.pad(layer, extra) for layer in cache.keys),
         values=tuple(jnp.pad(layer, extra) for layer in cache.values),
     )

@@ -17,7 +17,7 @@ _GRADIENT_TOKENS = 1024
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] times a float32 kernel [D, E] in x's dtype, summed in float32: [..., E] in x's dtype."""
+    """X [..., D] times a float32 kernel [D, E] in x's dtype, summed in float32: [..., E] in x's dtype."""
     return _product(x, kernel.astype(x.dtype), (x.ndim - 1, 0)).astype(x.dtype)
 
 

@@ -4,11 +4,11 @@ A row's randomness is a function of its own key and of positions: neither the ba
 order of batches changes a sample.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from crystallm_jax.model import GPT, KVCache, ModelConfig, grow_cache, init_cache
 from crystallm_jax.sampling.methods import SamplingMethod, draw
@@ -16,7 +16,8 @@ from crystallm_jax.sampling.methods import SamplingMethod, draw
 _NO_TOKEN = -1
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DecodeState:
     """A batch in the middle of decoding.
 
@@ -44,7 +45,7 @@ class DecodeState:
 
     @property
     def active(self) -> jax.Array:
-        """bool [B]: rows that still generate."""
+        """Bool [B]: rows that still generate."""
         return ~self.finished & (self.length < self.limit)
 
 
@@ -89,7 +90,7 @@ def prefill(
     logits, cache = GPT(config).apply({"params": params}, prompts, cache=init_cache(config, B, size))
     state = DecodeState(
         # Padding was cached behind the shorter prompts: out of sight, and overwritten as the rows grow.
-        cache=cache.replace(length=lengths),
+        cache=replace(cache, length=lengths),
         tokens=jnp.zeros((B, size + 1), jnp.int32).at[:, :T].set(prompts),
         length=lengths,
         last=jnp.full(B, _NO_TOKEN),
@@ -118,9 +119,9 @@ def decode(
 
     def step(state: DecodeState) -> DecodeState:
         # A row that is done repeats its newest token at the same place of the cache; nothing of it is kept.
-        cache = state.cache.replace(length=state.length - 1)
+        cache = replace(state.cache, length=state.length - 1)
         logits, cache = model.apply({"params": params}, state.last[:, None], cache=cache)
-        return append_drawn(method, newline_id, state.replace(cache=cache), logits[:, 0])
+        return append_drawn(method, newline_id, replace(state, cache=cache), logits[:, 0])
 
     return jax.lax.while_loop(going_on, step, state)
 
@@ -128,7 +129,7 @@ def decode(
 def grow(state: DecodeState, size: int) -> DecodeState:
     """The same state with room for `size` tokens a row."""
     extra = [(0, 0), (0, size + 1 - state.tokens.shape[1])]
-    return state.replace(cache=grow_cache(state.cache, size), tokens=jnp.pad(state.tokens, extra))
+    return replace(state, cache=grow_cache(state.cache, size), tokens=jnp.pad(state.tokens, extra))
 
 
 def append_drawn(
@@ -144,7 +145,8 @@ def append_drawn(
     place = jnp.where(active, state.length, state.tokens.shape[1])
     # A newline at the prompt's end does not count: `last` holds generated tokens only.
     ended = (token == newline_id) & (state.last == newline_id)
-    return state.replace(
+    return replace(
+        state,
         tokens=state.tokens.at[rows, place].set(token, mode="drop"),
         length=jnp.where(active, state.length + 1, state.length),
         last=jnp.where(active, token, state.last),

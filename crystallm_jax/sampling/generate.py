@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -52,7 +52,7 @@ class GenerationRequest:
             generator does, uncached and slow.
     """
 
-    method: SamplingMethod = SamplingMethod()
+    method: SamplingMethod = field(default_factory=SamplingMethod)
     num_samples: int = 1
     max_new_tokens: int | None = None
     seed: int = 0
@@ -77,7 +77,12 @@ class _Row(NamedTuple):
 
 
 def generate(
-    config: ModelConfig, params: dict, prompts: Sequence[np.ndarray], *, newline_id: int, request: GenerationRequest
+    config: ModelConfig,
+    params: dict,
+    prompts: Sequence[np.ndarray],
+    *,
+    newline_id: int,
+    request: GenerationRequest,
 ) -> Iterator[list[Completion]]:
     """Complete prompts of token ids (int [T] each), yielding batches of completions as they are done.
 
@@ -109,7 +114,9 @@ def _rows(prompts: Sequence[np.ndarray], request: GenerationRequest) -> list[_Ro
     for index, prompt in enumerate(prompts):
         content = np.asarray(prompt, "<u2").tobytes()
         occurrence = seen[content] = seen.get(content, -1) + 1
-        identities += [(index, sample, zlib.crc32(content), occurrence) for sample in range(request.num_samples)]
+        identities += [
+            (index, sample, zlib.crc32(content), occurrence) for sample in range(request.num_samples)
+        ]
     if not identities:
         return []
 
@@ -118,7 +125,7 @@ def _rows(prompts: Sequence[np.ndarray], request: GenerationRequest) -> list[_Ro
         return jax.random.fold_in(key, sample)
 
     columns = np.array(identities, np.uint32)
-    keys = jax.vmap(row_key)(columns[:, 2], columns[:, 3], columns[:, 1])
+    keys = jax.vmap(row_key)(*jnp.asarray(columns[:, [2, 3, 1]].T))
     return [_Row(i, s, np.asarray(prompts[i]), keys[n]) for n, (i, s, _, _) in enumerate(identities)]
 
 
@@ -162,7 +169,7 @@ def _complete(
     if request.overflow == "slide":
         limit = np.where(in_context > 0, lengths + wanted, 0)
         room = [(0, 0), (0, max(0, int(limit.max()) - state.tokens.shape[1]))]
-        state = state.replace(limit=jnp.asarray(limit), tokens=jnp.pad(state.tokens, room))
+        state = replace(state, limit=jnp.asarray(limit), tokens=jnp.pad(state.tokens, room))
         state = slide(config, request.method, newline_id, params=params, state=state)
     return state
 

@@ -23,7 +23,9 @@ class SamplingMethod:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise SamplingError(f"temperature={self.temperature}: must be above 0; for the most likely token use top_k=1")
+            raise SamplingError(
+                f"temperature={self.temperature}: must be above 0; for the most likely token use top_k=1"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise SamplingError(f"top_k={self.top_k}: must be at least 1")
 

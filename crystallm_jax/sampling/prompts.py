@@ -73,7 +73,9 @@ def read_prompts(path: str | Path, *, with_spacegroup: bool = False) -> list[Pro
         try:
             prompts = list(_from_csv(path) if path.suffix == ".csv" else _from_lines(path))
         except UnicodeDecodeError:
-            raise SamplingError(f"{path}: not a text file; prompts are a composition a line, or a CSV") from None
+            raise SamplingError(
+                f"{path}: not a text file; prompts are a composition a line, or a CSV"
+            ) from None
     if not prompts:
         raise SamplingError(f"{path}: holds no prompt")
     return prompts
@@ -119,11 +121,15 @@ def _from_lines(path: Path) -> Iterator[Prompt]:
         if not words:
             continue
         if len(words) > 2:
-            raise SamplingError(f"{path}:{number}: {line.strip()[:60]!r}: expected a composition and at most a space group")
+            raise SamplingError(
+                f"{path}:{number}: {line.strip()[:60]!r}: expected a composition and at most a space group"
+            )
         yield _prompt(path, number, words[0], words[1] if len(words) > 1 else None, None)
 
 
-def _prompt(path: Path, line: int, composition: str | None, spacegroup: str | None, name: str | None) -> Prompt:
+def _prompt(
+    path: Path, line: int, composition: str | None, spacegroup: str | None, name: str | None
+) -> Prompt:
     try:
         prompt = composition_prompt((composition or "").strip(), (spacegroup or "").strip() or None)
     except CIFError as error:

@@ -44,7 +44,9 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy([LatestN(keep), best])),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), best])
+            ),
         )
 
     def __enter__(self) -> Self:
@@ -97,7 +99,9 @@ class Checkpoints:
     def describe(self, step: int | None = None) -> dict[str, Any]:
         """The description of a checkpoint (the newest by default), without its arrays."""
         step = self._existing(step)
-        return self._manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore())).description
+        return self._manager.restore(
+            step, args=ocp.args.Composite(description=ocp.args.JsonRestore())
+        ).description
 
     def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
         """Read a checkpoint (the newest by default) straight into the shardings of `abstract`.
@@ -126,13 +130,15 @@ class Checkpoints:
             raise ModelError(f"{self.folder}: no complete checkpoint{wanted}; start with init_from=scratch")
         return self._manager.latest_step() if step is None else step
 
-    def _guarded(self, action: Any) -> None:  # noqa: ANN401 - a function
+    def _guarded(self, action: Any) -> None:
         try:
             action()
         except (OSError, ValueError) as error:
             newest = self._manager.latest_step()
             kept = f"the checkpoint of step {newest} is intact" if newest is not None else "none is complete"
-            raise ModelError(f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}") from None
+            raise ModelError(
+                f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}"
+            ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -111,7 +111,14 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "eval_iters_val"):
+        for name in (
+            "learning_rate",
+            "min_lr",
+            "weight_decay",
+            "grad_clip",
+            "warmup_iters",
+            "eval_iters_val",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("beta1", "beta2"):
@@ -123,7 +130,9 @@ class TrainConfig:
                 " (or set decay_lr=false)"
             )
         if self.underrep_p != 0:
-            raise ConfigError(f"underrep_p={self.underrep_p}: oversampling is not available yet; set underrep_p=0")
+            raise ConfigError(
+                f"underrep_p={self.underrep_p}: oversampling is not available yet; set underrep_p=0"
+            )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model that this run trains."""

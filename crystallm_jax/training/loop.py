@@ -129,7 +129,9 @@ def _start(
 def _check_shape(wanted: dict[str, Any], found: dict[str, Any], place: str) -> None:
     for key in _SHAPE_KEYS:
         if wanted[key] != found[key]:
-            raise ModelError(f"{place}: its model has {key}={found[key]}, the configuration says {key}={wanted[key]}")
+            raise ModelError(
+                f"{place}: its model has {key}={found[key]}, the configuration says {key}={wanted[key]}"
+            )
 
 
 def _write_config(out_dir: Path, config: TrainConfig) -> None:
@@ -148,8 +150,8 @@ def _stop_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, note)
+    for watched in (signal.SIGTERM, signal.SIGINT):
+        previous[watched] = signal.signal(watched, note)
     try:
         yield received
     finally:
@@ -174,9 +176,9 @@ class _Trainer:
         config = self.config
         log = MetricsLog(Path(config.out_dir) / METRICS_FILE, first_step=first_step + 1)
         if config.eval_only or first_step >= config.max_iters:
-            losses = self._evaluate(state)
-            logger.info("step %d: %s", first_step, _describe(losses))
-            return RunResult(first_step, losses.get("train_loss", math.nan), losses.get("val_loss"))
+            found = self._evaluate(state)
+            logger.info("step %d: %s", first_step, _describe(found))
+            return RunResult(first_step, found.get("train_loss", math.nan), found.get("val_loss"))
         rate = _Rate(config, self.model_config, count_params(state.params), first_step)
         pending: StepMetrics | None = None
         values: dict[str, float] = {}
@@ -232,7 +234,9 @@ class _Trainer:
                 f"step {step}: the loss is {loss} and the gradient's norm {float(fetched.grad_norm)}; lower"
                 f" learning_rate and resume from step {newest}"
             )
-        bar.set_postfix_str(_describe({key: values[key] for key in ("loss", "lr", "tokens_per_s", "mfu") if key in values}))
+        bar.set_postfix_str(
+            _describe({key: values[key] for key in ("loss", "lr", "tokens_per_s", "mfu") if key in values})
+        )
         bar.update(step - bar.n)
         if losses:
             logger.info("step %d: loss %.4f, %s", step, loss, _describe(losses))
@@ -270,7 +274,9 @@ class _Trainer:
                 "train": dataclasses.asdict(self.config),
                 "vocab_size": self.model_config.vocab_size,
                 "val_loss": val_loss,
-                "versions": {name: version(name) for name in ("jax", "flax", "optax", "grain", "orbax-checkpoint")},
+                "versions": {
+                    name: version(name) for name in ("jax", "flax", "optax", "grain", "orbax-checkpoint")
+                },
                 "python": platform.python_version(),
             },
             val_loss=val_loss,
@@ -280,7 +286,9 @@ class _Trainer:
 class _Rate:
     """Tokens a second and model FLOP/s utilisation since the last measurement."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, num_params: int, first_step: int) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, num_params: int, first_step: int
+    ) -> None:
         self._tokens_per_step = config.tokens_per_step
         self._flops_per_token = flops_per_token(model_config, num_params)
         peak = device_peak_flops(config.dtype)

@@ -66,7 +66,7 @@ class MetricsLog:
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(path)
 
-    def write(self, **values: Any) -> None:  # noqa: ANN401 - JSON values
+    def write(self, **values: Any) -> None:
         """Append one line."""
         with self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")

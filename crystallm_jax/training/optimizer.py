@@ -31,7 +31,7 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def decay_mask(params: Any) -> Any:  # noqa: ANN401 - a pytree like params
+def decay_mask(params: Any) -> Any:
     """Which parameters weight decay applies to, a tree of booleans like `params`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: match_rule(path_name(path), DECAY_RULES), params)
 
@@ -48,7 +48,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def clip_by_norm(grads: Any, norm: jax.Array, limit: float) -> Any:  # noqa: ANN401 - a pytree like grads
+def clip_by_norm(grads: Any, norm: jax.Array, limit: float) -> Any:
     """Scale gradients of global norm `norm` down to `limit`; 0 leaves them as they are.
 
     The 1e-6 is PyTorch's `clip_grad_norm_`, which the published code calls.

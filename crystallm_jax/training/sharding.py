@@ -43,7 +43,9 @@ def make_mesh(data_parallel: int, fsdp: int, devices: Sequence[jax.Device] | Non
         raise ConfigError(f"fsdp={fsdp} does not divide the {count} devices")
     data = count // fsdp if data_parallel == -1 else data_parallel
     if data * fsdp != count:
-        raise ConfigError(f"data_parallel={data_parallel} × fsdp={fsdp} is not the number of devices, {count}")
+        raise ConfigError(
+            f"data_parallel={data_parallel} × fsdp={fsdp} is not the number of devices, {count}"
+        )
     # Auto axes: Linen's modules do not state shardings, the compiler derives them (jax would default to Explicit).
     grid = np.asarray(devices).reshape(data, fsdp)
     return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -54,7 +56,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def match_rule(name: str, rules: Sequence[tuple[str, Any]]) -> Any:  # noqa: ANN401 - whatever the rules give
+def match_rule(name: str, rules: Sequence[tuple[str, Any]]) -> Any:
     """What the one rule that matches a parameter's path gives.
 
     Raises:
@@ -66,19 +68,21 @@ def match_rule(name: str, rules: Sequence[tuple[str, Any]]) -> Any:  # noqa: ANN
     return found[0]
 
 
-def parameter_specs(params: Any) -> Any:  # noqa: ANN401 - a pytree like params
+def parameter_specs(params: Any) -> Any:
     """The partition of every parameter, a tree like `params`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: match_rule(path_name(path), PARAMETER_RULES), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: match_rule(path_name(path), PARAMETER_RULES), params
+    )
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:  # noqa: ANN401 - a pytree like state
+def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Shardings of a whole training state: parameters by the rules, the moments as their parameters, the rest whole.
 
     Raises:
         ConfigError: a dimension that is to be split does not divide by the mesh axis.
     """
 
-    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:  # noqa: ANN401
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
         inner = re.search(r"(?:^|/)((?:wte|wpe|h_\d+|ln_f)/.*)$", name)
         spec = match_rule(inner.group(1), PARAMETER_RULES) if inner else PartitionSpec()
@@ -96,4 +100,6 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Refuse a micro-batch that cannot be split evenly over the mesh."""
     shards = mesh.shape[DATA] * mesh.shape[FSDP]
     if batch_size % shards:
-        raise ConfigError(f"batch_size={batch_size} is not a multiple of the {shards} devices it is split over")
+        raise ConfigError(
+            f"batch_size={batch_size} is not a multiple of the {shards} devices it is split over"
+        )

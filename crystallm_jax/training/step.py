@@ -1,12 +1,12 @@
 """The training state and the compiled steps over it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crystallm_jax.model import GPT, ModelConfig, init_params
@@ -18,7 +18,8 @@ from crystallm_jax.training.sharding import BATCH, MICRO_BATCHES, check_batch_si
 IGNORED_TARGET = -1
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """All that a step replaces.
 
@@ -104,7 +105,9 @@ def train_step(
     def add_micro_batch(total: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         number, micro_batch = numbered
         key = jax.random.fold_in(step_key, number) if dropout else None
-        loss, grads = jax.value_and_grad(lambda p: batch_loss(model_config, p, micro_batch, key))(state.params)
+        loss, grads = jax.value_and_grad(lambda p: batch_loss(model_config, p, micro_batch, key))(
+            state.params
+        )
         return jax.tree.map(jnp.add, total, grads), loss
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -133,7 +136,9 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
         ConfigError: the batch or the width does not divide over the mesh.
     """
     check_batch_size(config.batch_size, mesh)
-    shapes = jax.eval_shape(lambda key: create_state(config, init_params(model_config, key)), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: create_state(config, init_params(model_config, key)), jax.random.key(0)
+    )
     shardings = state_shardings(shapes, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     micro_batches, batch = NamedSharding(mesh, MICRO_BATCHES), NamedSharding(mesh, BATCH)
@@ -149,7 +154,9 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
         out_shardings=whole,
     )
     abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
     return CompiledSteps(train, evaluate, shardings, micro_batches, batch, abstract)
 
@@ -160,8 +167,12 @@ def initial_state(
     """A sharded state: freshly initialised from the seed, or around given parameters."""
     if params is None:
         key = jax.random.key(config.seed)
-        make = jax.jit(lambda k: create_state(config, init_params(model_config, k)), out_shardings=steps.shardings)
+        make = jax.jit(
+            lambda k: create_state(config, init_params(model_config, k)), out_shardings=steps.shardings
+        )
         return make(key)
     # Without the copy, donating the state would delete the caller's arrays.
-    placed = jax.tree.map(lambda leaf, sharding: jax.device_put(leaf, sharding).copy(), params, steps.shardings.params)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.device_put(leaf, sharding).copy(), params, steps.shardings.params
+    )
     return jax.jit(lambda p: create_state(config, p), out_shardings=steps.shardings)(placed)
