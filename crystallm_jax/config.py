@@ -105,9 +105,17 @@ def _check_keys(schema: type, layer: DictConfig, place: str) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(sorted(fields))}"
             raise ConfigError(f"unknown configuration key {key!r} in {place}{hint}")
         value = layer._get_node(key)._value()  # interpolations stay unresolved
-        # OmegaConf takes any non-zero number for true: a `bias=3` is a slip of the hand.
-        if fields[key] is bool and isinstance(value, (int, float)) and value not in (0, 1):
+        # OmegaConf takes any non-zero number, quoted or not, for true: a `bias=3` is a slip of the hand.
+        if fields[key] is bool and _is_number(value) and float(value) not in (0, 1):
             raise ConfigError(f"{key}={value} in {place}: expected true or false")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _one_line(error: OmegaConfBaseException, schema: type, place: str) -> str:

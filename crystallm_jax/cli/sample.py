@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ def add_parser(verbs: Any) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--model",
         default="default",
         help="a run folder, a model folder, a published ckpt.pt, or `default`, the one in the package (default)",
@@ -40,10 +40,23 @@ def add_parser(verbs: Any) -> None:
     prompts.add_argument(
         "--unconditional", action="store_true", help="leave even the composition to the model"
     )
+    add = parser.add_argument
     add("--z", type=_whole_numbers, default=(1, 2, 3, 4), help="formula units a cell (default: 1,2,3,4)")
     add("--spacegroup", metavar="S", help="a symbol (Fm-3m) or a number (225)")
     add("--with-spacegroup", action="store_true", help="prompt the records of a prepared folder with theirs")
     add("--limit", type=int, metavar="N", help="only the first N prompts")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder to write: cifs/, samples.csv, structures.extxyz, run.json",
+    )
+    _add_settings(add)
+    parser.set_defaults(run=run)
+
+
+def _add_settings(add: Callable[..., Any]) -> None:
+    """Add the flags that say how to sample, each with its default."""
     add("--num-samples", type=int, default=1, metavar="N", help="samples a prompt (default: %(default)s)")
     add("--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s")
     add(
@@ -78,13 +91,6 @@ def add_parser(verbs: Any) -> None:
         metavar="S",
         help="seconds to validate one (default: %(default)s)",
     )
-    add(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder to write: cifs/, samples.csv, structures.extxyz, run.json",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,8 +7,6 @@ in is either kept or listed in `dropped.csv`.
 import contextlib
 import dataclasses
 import itertools
-import multiprocessing
-import os
 import platform
 import re
 import signal
@@ -35,6 +33,7 @@ from crystallm_jax.data.readers import Record, read_records, unique_ids
 from crystallm_jax.data.store import SPLITS, SplitHeader
 from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import DataError
+from crystallm_jax.processes import SPAWN, usable_cores
 
 PUBLISHED_SPLIT = (0.10, 0.0045)
 PUBLISHED_SEED = 20230610
@@ -283,7 +282,7 @@ def _outcomes(
 ) -> _Outcomes:
     if workers == 0:
         return ((record, prepare_one(record, options)) for record in records)
-    return _in_workers(records, options, _usable_cores() if workers is None else workers, time_limit)
+    return _in_workers(records, options, usable_cores() if workers is None else workers, time_limit)
 
 
 def _in_workers(records: Iterator[Record], options: Options, workers: int, time_limit: float) -> _Outcomes:
@@ -292,7 +291,7 @@ def _in_workers(records: Iterator[Record], options: Options, workers: int, time_
     A batch has the time of one structure. One that takes longer, or whose worker dies, is done again one by
     one, so that only the culprit is dropped.
     """
-    pool = ProcessPool(max_workers=workers, initializer=warm_up, context=multiprocessing.get_context("spawn"))
+    pool = ProcessPool(max_workers=workers, initializer=warm_up, context=SPAWN)
 
     def submit(batch: Sequence[Record]) -> "Future[Any]":
         try:
@@ -342,12 +341,6 @@ def _broken(error: BaseException) -> DataError:
 def _nothing_left(n_input: int, reasons: _Reasons) -> str:
     (stage, reason), count = next(iter(reasons.summary().items()))
     return f"none of {n_input:,} records can be kept; most often ({count:,}), at '{stage}': {reason}"
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _versions() -> dict[str, str]:

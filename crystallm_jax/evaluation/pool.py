@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import threading
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.evaluation.report import ValidityReport, failed
+from crystallm_jax.processes import SPAWN, usable_cores
 
 GRACE = 5.0  # seconds; validate itself should end first, with a fuller report
 MEMORY = 4 * 1024**3  # bytes of address space over what a fresh worker has
@@ -54,7 +54,7 @@ class ValidatorPool:
         self._pool = ProcessPool(
             max_workers=self.workers,
             initializer=_prepare_worker,
-            context=multiprocessing.get_context("spawn"),
+            context=SPAWN,
         )
         self._open: set[Future[ValidityReport]] = set()
         self._lock = threading.Lock()
@@ -145,13 +145,6 @@ def validate_many(
         while pending:
             yield pending.popleft().result()
             bar.update()
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _validate(text: str, time_limit: float) -> ValidityReport:

@@ -13,6 +13,8 @@ from crystallm_jax.errors import SamplingError
 
 # The split that prompts are taken from, the held-out ones first.
 _SPLIT_ORDER = tuple(reversed(SPLITS))
+# File systems take 255 bytes; the number of the sample and an ending follow.
+_LONGEST_NAME = 200
 
 
 class Prompt(NamedTuple):
@@ -76,6 +78,8 @@ def read_prompts(path: str | Path, *, with_spacegroup: bool = False) -> list[Pro
             raise SamplingError(
                 f"{path}: not a text file; prompts are a composition a line, or a CSV"
             ) from None
+        except csv.Error as error:
+            raise SamplingError(f"{path}: no valid CSV ({error}): check its quotes") from None
     if not prompts:
         raise SamplingError(f"{path}: holds no prompt")
     return prompts
@@ -86,7 +90,7 @@ def unique_ids(prompts: Sequence[Prompt]) -> list[Prompt]:
     seen: set[str] = set()
     renamed = []
     for prompt in prompts:
-        base = re.sub(r"[^A-Za-z0-9._+-]", "-", prompt.id).strip(".") or "prompt"
+        base = re.sub(r"[^A-Za-z0-9._+-]", "-", prompt.id)[:_LONGEST_NAME].strip(".") or "prompt"
         name, number = base, 1
         while name.lower() in seen:
             number += 1
@@ -107,9 +111,9 @@ def _from_store(folder: Path, with_spacegroup: bool) -> list[Prompt]:
 
 def _from_csv(path: Path) -> Iterator[Prompt]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(file, strict=True)
         if "composition" not in (rows.fieldnames or []):
-            columns = ", ".join(rows.fieldnames or []) or "none"
+            columns = ", ".join(repr(name[:40]) for name in (rows.fieldnames or [])[:12]) or "none"
             raise SamplingError(f"{path}: no column 'composition'; the columns are {columns}")
         for row in rows:
             yield _prompt(path, rows.line_num, row["composition"], row.get("spacegroup"), row.get("id"))

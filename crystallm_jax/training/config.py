@@ -1,5 +1,6 @@
 """Settings of a training run, under the published names."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,10 +118,14 @@ class TrainConfig:
             "weight_decay",
             "grad_clip",
             "warmup_iters",
+            "checkpoint_interval",
+            "eval_iters_train",
             "eval_iters_val",
         ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:  # a comparison with NaN is false
+                raise ConfigError(f"{name}={getattr(self, name)}: must be finite and not negative")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: must be at least 0 and below 2^32")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
