@@ -70,7 +70,7 @@ class Sample:
         return validate(self.cif)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CrystalModel:
     """A language model of crystals: its shape, its parameters, its tokenizer.
 

@@ -2,7 +2,13 @@
 
 
 class CrystallmError(Exception):
-    """Base of every error whose message is meant for the user; the command line prints it and exits with 1."""
+    """Base of every error whose message is meant for the user.
+
+    Attributes:
+        exit_code: what the command line exits with after printing the message.
+    """
+
+    exit_code = 1
 
 
 class CIFError(CrystallmError, ValueError):
@@ -11,6 +17,8 @@ class CIFError(CrystallmError, ValueError):
 
 class ConfigError(CrystallmError, ValueError):
     """A configuration key or value that cannot be used."""
+
+    exit_code = 2
 
 
 class DataError(CrystallmError, ValueError):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import crystallm_jax
 from crystallm_jax.cli import prepare, sample, train
-from crystallm_jax.errors import ConfigError, CrystallmError
+from crystallm_jax.errors import CrystallmError
 
 VERBS = (prepare, train, sample)
 
@@ -27,14 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed)
     except CrystallmError as error:
         print(f"crystallm {parsed.verb}: {error}", file=sys.stderr)  # noqa: T201
-        return 128 + getattr(error, "signal_number", 0) if hasattr(error, "signal_number") else _code(error)
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"crystallm {parsed.verb}: interrupted", file=sys.stderr)  # noqa: T201
         return 130
-
-
-def _code(error: CrystallmError) -> int:
-    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _log_to_stderr() -> None:

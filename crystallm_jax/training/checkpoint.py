@@ -32,10 +32,11 @@ class Checkpoints:
 
     Args:
         folder: where they are kept, one subfolder a step.
-        keep: how many of the newest to keep; the best by validation loss is kept besides.
+        keep: how many of the newest to keep, the best by validation loss besides; None only reads, and neither
+            makes nor removes anything.
     """
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
         self.folder = folder.absolute()
         best = BestN(
             get_metric_fn=lambda metrics: -metrics.get(_VALIDATION_LOSS, float("inf")),
@@ -45,7 +46,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), best])
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+                create=keep is not None,
+                read_only=keep is None,
             ),
         )
 

@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStoppedError(CrystallmError):
-    """A signal ended the run; its last state is saved. `signal_number` gives the exit code."""
+    """A signal ended the run; its last state is saved. The exit code is the shell's for that signal."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
-        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
 
 
 class RunResult(NamedTuple):
