@@ -48,7 +48,6 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
                 create=keep is not None,
-                read_only=keep is None,
             ),
         )
 
