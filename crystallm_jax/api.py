@@ -1,5 +1,6 @@
 """The Python interface: a model that answers with logits and with samples."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -170,8 +171,12 @@ class CrystalModel:
         if not prompt.startswith("data_"):
             raise SamplingError(f"prompt {prompt[:40]!r} does not begin with data_: make it with make_prompt")
         ids = self.tokenizer.encode_cif(prompt)
-        if (ids == self.tokenizer.unk_id).any():
-            raise SamplingError(f"prompt {prompt[:40]!r} has words that the vocabulary lacks")
+        # The tokenizer skips characters that it does not know: such a prompt would be another one.
+        kept = self.tokenizer.decode(ids) == re.sub(r"[ \t]+", " ", prompt)
+        if not kept or (ids == self.tokenizer.unk_id).any():
+            raise SamplingError(
+                f"prompt {prompt[:40]!r} has words or characters that the vocabulary lacks: make it with make_prompt"
+            )
         return ids
 
     def _sample(self, completion: Completion) -> Sample:

@@ -1,16 +1,17 @@
 """The folder of a sampling run: CIFs, a table, structures for other programs, and how they came about."""
 
+import contextlib
 import csv
 import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crystallm_jax.api import CrystalModel, Sample
 from crystallm_jax.cif import CIFError
@@ -18,6 +19,9 @@ from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import ValidatorPool, ValidityReport
 from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.prompts import Prompt
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 CIF_FOLDER = "cifs"
 TABLE_FILE = "samples.csv"
@@ -73,18 +77,18 @@ class ResultsFolder:
     """Writes one sampling run; every file appears under its name when it is complete.
 
     Args:
-        path: the folder, new or empty.
+        path: the folder, new or without samples.
 
     Raises:
-        SamplingError: samples are there already.
+        SamplingError: samples are there already, or the disk takes no more.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if (self.path / CIF_FOLDER).exists() or (self.path / TABLE_FILE).exists():
+        if (self.path / TABLE_FILE).exists() or any((self.path / CIF_FOLDER).glob("*")):
             raise SamplingError(f"{self.path}: holds samples already; choose another --out or remove them")
         try:
-            (self.path / CIF_FOLDER).mkdir(parents=True)
+            (self.path / CIF_FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SamplingError(f"{self.path}: cannot be made: {error.strerror}") from None
 
@@ -94,25 +98,22 @@ class ResultsFolder:
 
     def write_table(self, outcomes: Sequence[Outcome]) -> None:
         """Write `samples.csv`, a row a sample."""
-        partial = self.path / f"{TABLE_FILE}.partial"
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with (
+            self._becoming(TABLE_FILE) as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
             table = csv.DictWriter(file, _COLUMNS)
             table.writeheader()
             table.writerows(map(_row, outcomes))
-        partial.replace(self.path / TABLE_FILE)
 
     def write_structures(self, outcomes: Sequence[Outcome]) -> int:
         """Write `structures.extxyz`, a frame a sample that describes a structure; returns their number."""
         from ase.io import write  # noqa: PLC0415 - slow to import
-        from pymatgen.io.ase import AseAtomsAdaptor  # noqa: PLC0415
 
         frames = []
         for outcome in outcomes:
-            if _NO_STRUCTURE & set(outcome.report.reasons):
-                continue
-            try:
-                atoms = AseAtomsAdaptor.get_atoms(outcome.sample.structure(), msonable=False)
-            except CIFError:
+            atoms = None if _NO_STRUCTURE & set(outcome.report.reasons) else _atoms(outcome.sample)
+            if atoms is None:
                 continue
             atoms.info = {
                 "id": outcome.prompt.id,
@@ -121,9 +122,8 @@ class ResultsFolder:
                 "log_prob": outcome.sample.log_prob,
             }
             frames.append(atoms)
-        partial = self.path / f"{STRUCTURES_FILE}.partial"
-        write(partial, frames, format="extxyz")
-        partial.replace(self.path / STRUCTURES_FILE)
+        with self._becoming(STRUCTURES_FILE) as partial:
+            write(partial, frames, format="extxyz")
         return len(frames)
 
     def write_run(self, **values: Any) -> None:
@@ -133,9 +133,19 @@ class ResultsFolder:
         self._write(RUN_FILE, json.dumps({**values, "versions": versions}, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
+        with self._becoming(name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _becoming(self, name: str) -> Iterator[Path]:
+        """A temporary name, renamed when all is written."""
         partial = self.path / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        try:
+            yield partial
+            partial.replace(self.path / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise SamplingError(f"{self.path / name}: cannot be written: {error.strerror}") from None
 
 
 def sample_into(
@@ -176,7 +186,8 @@ def sample_into(
         if not outcomes:
             outcomes = [Outcome(prompts[s.prompt_index], s, f.result()) for s, f in pending if f.done()]
         outcomes.sort(key=lambda outcome: (outcome.sample.prompt_index, outcome.sample.sample_index))
-        folder.write_table(outcomes)
+        if pending:
+            folder.write_table(outcomes)
     frames = folder.write_structures(outcomes)
     summary = _summarise(outcomes, model, prompts, sampling_seconds, time.perf_counter() - started)
     folder.write_run(
@@ -217,6 +228,20 @@ def _first_reason(outcome: Outcome) -> str:
     if not outcome.sample.finished:
         return "unfinished"
     return outcome.report.reasons[0] if outcome.report.reasons else "unknown"
+
+
+def _atoms(sample: Sample) -> "Atoms | None":
+    """The crystal for ASE, which knows no partly occupied sites and no unknown elements; None for such."""
+    from pymatgen.core import DummySpecies  # noqa: PLC0415 - slow to import
+    from pymatgen.io.ase import AseAtomsAdaptor  # noqa: PLC0415
+
+    try:
+        structure = sample.structure()
+    except CIFError:
+        return None
+    if not structure.is_ordered or any(isinstance(kind, DummySpecies) for kind in structure.composition):
+        return None
+    return AseAtomsAdaptor.get_atoms(structure, msonable=False)
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:

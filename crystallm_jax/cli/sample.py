@@ -98,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm  # noqa: PLC0415 - keeps --help instant
 
     from crystallm_jax.evaluation import ValidatorPool  # noqa: PLC0415
+    from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
     from crystallm_jax.sampling.prompts import unique_ids  # noqa: PLC0415
 
     prompts = unique_ids(_prompts(arguments)[: arguments.limit])
@@ -116,12 +117,13 @@ def run(arguments: argparse.Namespace) -> int:
         overflow=arguments.overflow,
     )
     model = load_model(arguments.model, dtype=arguments.dtype)
-    folder = ResultsFolder(arguments.out)
     total = len(prompts) * request.num_samples
     with (
+        terminate_as_interrupt(),
         ValidatorPool(arguments.workers, arguments.time_limit) as pool,
         tqdm(total=total, unit="sample", disable=None, file=sys.stderr) as bar,
     ):
+        folder = ResultsFolder(arguments.out)
         summary = sample_into(folder, model, prompts, request, pool=pool, on_batch=bar.update)
     _report(summary, arguments.out)
     return 0

@@ -1,6 +1,7 @@
 """`crystallm train`: train a model as a YAML file and `key=value` overrides say."""
 
 import argparse
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from crystallm_jax.training.loop import run as train  # noqa: PLC0415 - JAX only once the settings are good
 
+    # Orbax logs each failed write with pages of tracebacks; the error that it raises says it in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     result = train(config)
     validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
     print(f"step {result.step}: loss {result.loss:.4f}{validation}")  # noqa: T201

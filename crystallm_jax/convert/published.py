@@ -37,8 +37,14 @@ def read_published(path: str | Path) -> PublishedCheckpoint:
     saved = read_torch_file(path)
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
         raise ModelError(f"{path}: not a published checkpoint: it has no `model` and `model_args`")
+    if not isinstance(saved["model"], dict):
+        raise ModelError(f"{path}: its `model` is no table of tensors")
     config = _model_config(saved["model_args"], path)
     tensors = {str(name).removeprefix(COMPILED_PREFIX): value for name, value in saved["model"].items()}
+    if config.n_layer > len(tensors):
+        raise ModelError(
+            f"{path}: {len(tensors)} tensors are too few for the {config.n_layer} layers that it states"
+        )
     params = params_from_tensors(tensors, config, place=str(path))
     best = saved.get("best_val_loss", float("inf"))
     return PublishedCheckpoint(config, params, int(saved.get("iter_num", 0)), float(np.asarray(best)))

@@ -9,7 +9,9 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,19 @@ _STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+
+
+# What zipfile and pickle raise on a file that is none, is cut short, encrypted, or nested too deep.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    EOFError,
+    KeyError,
+    IndexError,
+    OSError,
+    RuntimeError,
+)
 
 
 class _StorageType(NamedTuple):
@@ -55,7 +70,7 @@ def read_torch_file(path: str | Path) -> Any:
         raise ModelError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
         raise ModelError(f"{path}: is a folder, not a PyTorch checkpoint") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, OSError) as error:
+    except _DAMAGE as error:
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise ModelError(f"{path}: not a PyTorch checkpoint, or a damaged one: {reason}") from None
     except (TypeError, ValueError, AttributeError, OverflowError, UnicodeDecodeError) as error:
@@ -68,7 +83,8 @@ def _read_archive(archive: zipfile.ZipFile, path: Path) -> Any:
     if len(pickles) != 1:
         raise ModelError(f"{path}: a zip file, but not one that torch.save wrote (no single data.pkl in it)")
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder").strip() != b"little":
+    order = f"{root}byteorder"
+    if order in archive.namelist() and _read_member(archive, order).strip() != b"little":
         raise ModelError(f"{path}: saved on a big-endian machine, which is not supported")
     return _TensorUnpickler(archive, root).load()
 
@@ -77,7 +93,9 @@ class _TensorUnpickler(pickle.Unpickler):
     """Resolves the names that tensors need to functions of our own, and no other name."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(_read_member(archive, f"{root}data.pkl")), encoding="utf-8")
+        description = _read_member(archive, f"{root}data.pkl")
+        _check_sizes(description)
+        super().__init__(io.BytesIO(description), encoding="utf-8")
         self._archive = archive
         self._root = root
 
@@ -95,7 +113,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _location, count = pid
         if kind != "storage" or not isinstance(storage_type, _StorageType) or not str(key).isalnum():
-            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
+            raise pickle.UnpicklingError("it has a storage of an unknown kind")
         data = _read_member(self._archive, f"{self._root}data/{key}")
         if storage_type.name == "BFloat16Storage":
             # bfloat16 is the upper half of a float32.
@@ -105,6 +123,13 @@ class _TensorUnpickler(pickle.Unpickler):
         if values.size < count:
             raise pickle.UnpicklingError(f"storage {key} holds {values.size} of {count} numbers")
         return _Storage(values)
+
+
+def _check_sizes(description: bytes) -> None:
+    """Refuse lengths and memo numbers beyond the pickle's own: the unpickler would allocate memory for them first."""
+    for opcode, argument, _ in pickletools.genops(description):  # raises ValueError for such a length
+        if "PUT" in opcode.name and argument > len(description):
+            raise pickle.UnpicklingError(f"its memo number {argument} is beyond its {len(description)} bytes")
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:

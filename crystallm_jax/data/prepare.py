@@ -9,9 +9,7 @@ import dataclasses
 import itertools
 import platform
 import re
-import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +17,6 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -33,7 +30,7 @@ from crystallm_jax.data.readers import Record, read_records, unique_ids
 from crystallm_jax.data.store import SPLITS, SplitHeader
 from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import DataError
-from crystallm_jax.processes import SPAWN, usable_cores
+from crystallm_jax.processes import SPAWN, terminate_as_interrupt, usable_cores
 
 PUBLISHED_SPLIT = (0.10, 0.0045)
 PUBLISHED_SEED = 20230610
@@ -161,7 +158,7 @@ def prepare(
     records = _Counted(groups)
     options = Options(symprec, decimal_places, dedup)
     reasons = _Reasons()
-    with _terminate_as_interrupt(), StoreWriter(out_dir) as writer:
+    with terminate_as_interrupt(), StoreWriter(out_dir) as writer:
         with contextlib.closing(_outcomes(records, options, workers, time_limit)) as outcomes:
             rows = _collect(outcomes, writer, reasons, progress=progress)
         kept = _lowest_volumes(rows, writer, reasons) if dedup else np.arange(len(writer))
@@ -351,20 +348,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, through the cleaning up; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  the signature of a handler
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

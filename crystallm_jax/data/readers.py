@@ -6,6 +6,7 @@ one bad record among good ones is handed on with its `problem`, so that it can b
 
 import csv
 import gzip
+import itertools
 import lzma
 import re
 import zlib
@@ -120,7 +121,7 @@ def _without_suffix(name: str) -> str:
 def _blocks(record_id: str, text: str) -> Iterator[Record]:
     """One record, or one for each data block that lists atoms where several do."""
     starts = [match.start() for match in _BLOCK.finditer(text)]
-    pieces = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    pieces = [text[a:b] for a, b in itertools.pairwise([*starts, len(text)])]
     structures = [piece for piece in pieces if _HAS_SITES.search(piece)]
     if len(structures) < 2:
         yield Record(record_id, text)

@@ -1,5 +1,6 @@
 """How the next token is drawn from a row of logits."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -22,9 +23,9 @@ class SamplingMethod:
     top_k: int | None = 10
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise SamplingError(
-                f"temperature={self.temperature}: must be above 0; for the most likely token use top_k=1"
+                f"temperature={self.temperature}: must be above 0 and finite; for the most likely token use top_k=1"
             )
         if self.top_k is not None and self.top_k < 1:
             raise SamplingError(f"top_k={self.top_k}: must be at least 1")

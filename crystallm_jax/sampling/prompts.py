@@ -78,6 +78,8 @@ def read_prompts(path: str | Path, *, with_spacegroup: bool = False) -> list[Pro
             raise SamplingError(
                 f"{path}: not a text file; prompts are a composition a line, or a CSV"
             ) from None
+        except OSError as error:
+            raise SamplingError(f"{path}: cannot be read: {error.strerror}") from None
         except csv.Error as error:
             raise SamplingError(f"{path}: no valid CSV ({error}): check its quotes") from None
     if not prompts:

@@ -5,6 +5,7 @@ versions). It appears under its final name when it is complete: a kill or a full
 leaves the one before as the newest.
 """
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -57,7 +58,12 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        if error is None:
+            self._guarded(self._manager.close)
+        else:
+            # A full disk also fails what is still being written; its error is already on its way.
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.close()
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -137,7 +143,11 @@ class Checkpoints:
             action()
         except (OSError, ValueError) as error:
             newest = self._manager.latest_step()
-            kept = f"the checkpoint of step {newest} is intact" if newest is not None else "none is complete"
+            kept = (
+                "none is complete"
+                if newest is None
+                else f"the checkpoint of step {newest} is intact: make room and go on with init_from=resume"
+            )
             raise ModelError(
                 f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}"
             ) from None

@@ -67,7 +67,7 @@ def run(config: TrainConfig) -> RunResult:
     model_config = config.model_config(store.header.vocab_size)
     mesh = make_mesh(config.data_parallel, config.fsdp)
     steps = compile_steps(config, model_config, mesh)
-    out_dir = Path(config.out_dir)
+    out_dir = _made(config.out_dir)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(out_dir / CHECKPOINTS_FOLDER, config.keep_checkpoints))
         feed = stack.enter_context(
@@ -98,6 +98,14 @@ def run(config: TrainConfig) -> RunResult:
             config.max_iters,
         )
         return trainer.run(state, first_step)
+
+
+def _made(out_dir: str) -> Path:
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out_dir={out_dir}: cannot be made: {error.strerror}") from None
+    return Path(out_dir)
 
 
 def _start(
@@ -228,11 +236,12 @@ class _Trainer:
         values |= {"grad_norm": float(fetched.grad_norm), "param_norm": float(fetched.param_norm)}
         if losses or step % self.config.log_interval == 0:
             log.write(step=step, tokens=step * self.config.tokens_per_step, **values)
-        if not math.isfinite(loss) or not math.isfinite(float(fetched.grad_norm)):
+        if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "param_norm")):
             newest = self.checkpoints.latest_step()
+            mend = "begin anew" if newest is None else f"resume from step {newest}"
             raise ModelError(
-                f"step {step}: the loss is {loss} and the gradient's norm {float(fetched.grad_norm)}; lower"
-                f" learning_rate and resume from step {newest}"
+                f"step {step}: the loss is {loss}, the gradient's norm {values['grad_norm']}, the parameters'"
+                f" {values['param_norm']}; lower learning_rate and {mend}"
             )
         bar.set_postfix_str(
             _describe({key: values[key] for key in ("loss", "lr", "tokens_per_s", "mfu") if key in values})

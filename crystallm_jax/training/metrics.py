@@ -1,12 +1,16 @@
 """What a run reports: `metrics.jsonl`, and the rates that stand in it."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from crystallm_jax.errors import DataError
 
 # Dense 16-bit peak of one device in FLOP/s, from the vendors' data sheets, by a part of `device_kind`.
 PEAK_FLOPS = {
@@ -52,6 +56,8 @@ def _measured_flops(dtype: str, width: int = 2048, repeats: int = 5) -> float:
 class MetricsLog:
     """Appends a line of JSON a logged step to `metrics.jsonl`; after a resume, steps that are redone are cut off.
 
+    Both raise DataError where the file cannot be written.
+
     Args:
         path: the file.
         first_step: lines of this step and later are dropped from what is there.
@@ -63,13 +69,23 @@ class MetricsLog:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) < first_step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
+        with self._writing():
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.replace(path)
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        with self._path.open("a") as file:
+        with self._writing(), self._path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self._path}: cannot be written ({error.strerror}); make room and go on with init_from=resume"
+            ) from None
 
 
 def _step_of(line: str) -> float:

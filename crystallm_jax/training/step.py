@@ -113,7 +113,7 @@ def train_step(
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     with jax.named_scope("gradients"):
         grads, losses = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(tokens.shape[0]), tokens))
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     with jax.named_scope("update"):
         updates, opt_state = make_optimizer(config).update(
             clip_by_norm(grads, grad_norm, config.grad_clip), state.opt_state, state.params
@@ -124,7 +124,7 @@ def train_step(
         micro_losses=losses,
         learning_rate=jnp.asarray(learning_rate_schedule(config)(state.step), jnp.float32),
         grad_norm=grad_norm,
-        param_norm=optax.global_norm(params),
+        param_norm=optax.tree.norm(params),
     )
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -1,0 +1,497 @@
+"""Models on disk: published checkpoints, model folders, runs; and what only pretends to be one."""
+
+import dataclasses
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from crystallm_jax.config import to_yaml
+from crystallm_jax.convert import read_published
+from crystallm_jax.convert.folder import CONFIG_FILE, WEIGHTS_FILE, read_folder, write_folder
+from crystallm_jax.convert.published import params_from_tensors
+from crystallm_jax.convert.torch_file import read_torch_file
+from crystallm_jax.errors import ConfigError, CrystallmError, ModelError
+from crystallm_jax.model import GPT, ModelConfig, init_params
+from crystallm_jax.training.checkpoint import Checkpoints
+from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.load import Weights, crop_block_size, load_weights
+from crystallm_jax.training.step import create_state
+
+STORAGES = {
+    "f8": "Double",
+    "f4": "Float",
+    "f2": "Half",
+    "i8": "Long",
+    "i4": "Int",
+    "u1": "Byte",
+    "b1": "Bool",
+}
+PLAIN = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11)
+BIASED = dataclasses.replace(PLAIN, bias=True)
+
+
+def _text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def _tuple(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
+    """The opcodes that build a value, as `torch.save` would write them; arrays go into `storages`, bytes stay."""
+    match value:
+        case bytes():
+            opcodes = value
+        case str():
+            opcodes = _text(value)
+        case None:
+            opcodes = b"N"
+        case bool():
+            opcodes = b"\x88" if value else b"\x89"
+        case int():
+            opcodes = b"J" + struct.pack("<i", value)
+        case float():
+            opcodes = b"G" + struct.pack(">d", value)
+        case dict():
+            items = (_pickled(part, storages) for item in value.items() for part in item)
+            opcodes = b"}(" + b"".join(items) + b"u"
+        case np.ndarray():
+            base = value if value.base is None else value.base
+            storages.append(base)
+            opcodes = _tensor(
+                STORAGES[value.dtype.str[1:]],
+                key=str(len(storages) - 1),
+                count=base.size,
+                shape=value.shape,
+                strides=[step // value.itemsize for step in value.strides],
+            )
+    return opcodes
+
+
+def _tensor(storage: str, *, key: str, count: int, shape: Any, strides: Any, offset: int = 0) -> bytes:
+    """The opcodes of one tensor over a storage."""
+    kind = b"ctorch\n" + storage.encode() + b"Storage\n"
+    saved = _tuple(_text("storage"), kind, _text(key), _text("cpu"), _pickled(count, [])) + b"Q"
+    numbers = [_tuple(*(_pickled(n, []) for n in sizes)) for sizes in (shape, strides)]
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n"
+        + _tuple(saved, _pickled(offset, []), *numbers, b"\x89", hooks)
+        + b"R"
+    )
+
+
+def _save(
+    path: Path, value: Any, *, compression: int = zipfile.ZIP_STORED, byteorder: str = "little"
+) -> Path:
+    """Write what `torch.save` would."""
+    storages: list[np.ndarray] = []
+    description = b"\x80\x02" + _pickled(value, storages) + b"."
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", description)
+        archive.writestr("archive/byteorder", byteorder)
+        for key, storage in enumerate(storages):
+            archive.writestr(f"archive/data/{key}", storage.tobytes())
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+def _published_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors under the published names, in the published shapes, written out by hand."""
+    rng = np.random.default_rng(seed)
+    D = config.n_embd
+    shapes: dict[str, tuple[int, ...]] = {"wte": (config.vocab_size, D), "wpe": (config.block_size, D)}
+    for layer in range(config.n_layer):
+        shapes |= {
+            f"h.{layer}.ln_1": (D,),
+            f"h.{layer}.attn.c_attn": (3 * D, D),
+            f"h.{layer}.attn.c_proj": (D, D),
+            f"h.{layer}.ln_2": (D,),
+            f"h.{layer}.mlp.c_fc": (4 * D, D),
+            f"h.{layer}.mlp.c_proj": (D, 4 * D),
+        }
+    shapes["ln_f"] = (D,)
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[f"transformer.{name}.weight"] = rng.normal(size=shape).astype(np.float32)
+        if config.bias and name not in {"wte", "wpe"}:
+            tensors[f"transformer.{name}.bias"] = rng.normal(size=shape[:1]).astype(np.float32)
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
+
+
+def _checkpoint(config: ModelConfig, tensors: dict[str, np.ndarray], **changes: Any) -> dict[str, Any]:
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+    model_args = {name: getattr(config, name) for name in names}
+    best = np.array(1.5, np.float32)
+    return {
+        "model": tensors,
+        "optimizer": {},
+        "model_args": model_args,
+        "iter_num": 7,
+        "best_val_loss": best,
+    } | changes
+
+
+def _refused(read: Callable[[], Any], *parts: str) -> str:
+    with pytest.raises(CrystallmError) as caught:
+        read()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return jax.device_get(jax.jit(init_params, static_argnums=0)(BIASED, jax.random.key(0)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, params: Any) -> Path:
+    write_folder(tmp_path / "model", BIASED, params, card="# A model\n")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("config", [PLAIN, BIASED], ids=["plain", "biased"])
+def test_a_published_checkpoint_becomes_parameters_of_ours(
+    config: ModelConfig, prefix: str, tmp_path: Path
+) -> None:
+    tensors = _published_tensors(config)
+    saved = _checkpoint(
+        dataclasses.replace(config, dropout=0.25), {prefix + name: value for name, value in tensors.items()}
+    )
+    read = read_published(_save(tmp_path / "ckpt.pt", saved))
+    assert read.config == dataclasses.replace(config, dropout=0.25)
+    assert (read.step, read.best_val_loss) == (7, 1.5)
+    for place, name, ours in (
+        (read.params["wte"], "embedding", tensors["transformer.wte.weight"]),
+        (read.params["wpe"], "embedding", tensors["transformer.wpe.weight"]),
+        (read.params["ln_f"], "scale", tensors["transformer.ln_f.weight"]),
+        (read.params["h_1"]["ln_2"], "scale", tensors["transformer.h.1.ln_2.weight"]),
+        (read.params["h_0"]["attn"]["c_attn"], "kernel", tensors["transformer.h.0.attn.c_attn.weight"].T),
+        (read.params["h_1"]["mlp"]["c_proj"], "kernel", tensors["transformer.h.1.mlp.c_proj.weight"].T),
+    ):
+        np.testing.assert_array_equal(place[name], ours)
+    if config.bias:
+        np.testing.assert_array_equal(
+            read.params["h_1"]["mlp"]["c_fc"]["bias"], tensors["transformer.h.1.mlp.c_fc.bias"]
+        )
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), read.params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
+
+
+def test_golden_checkpoints_are_read_without_torch(golden: Path) -> None:
+    for path in sorted(golden.glob("*/**/*ckpt.pt")):
+        read = read_published(path)
+        assert read.config.n_embd == 32
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(read.params))
+    saved = read_torch_file(golden / "train" / "final_ckpt.pt")
+    assert {"model", "optimizer", "model_args", "iter_num"} <= saved.keys()
+    assert len(saved["optimizer"]["state"]) == 15
+    assert "torch" not in sys.modules
+
+
+@pytest.mark.parametrize("dtype", sorted(STORAGES))
+def test_tensors_of_every_type_are_read(dtype: str, tmp_path: Path) -> None:
+    value = (np.arange(6) % 2 if dtype == "b1" else np.arange(6)).astype(dtype).reshape(2, 3)
+    read = read_torch_file(_save(tmp_path / "x.pt", {"x": value, "none": None}))
+    assert read["x"].dtype == value.dtype
+    np.testing.assert_array_equal(read["x"], value)
+
+
+def test_bfloat16_becomes_float32(tmp_path: Path) -> None:
+    value = np.asarray(jnp.array([1.5, -2.25, 3e38], jnp.bfloat16))
+    halves = value.view(np.uint16)
+    tensor = _tensor("BFloat16", key="0", count=3, shape=[3], strides=[1])
+    path = tmp_path / "x.pt"
+    _save(path, {"halves": halves.view("u1"), "x": tensor})
+    np.testing.assert_array_equal(read_torch_file(path)["x"], value.astype(np.float32))
+
+
+def test_views_of_a_storage_are_read_as_they_are_strided(tmp_path: Path) -> None:
+    base = np.arange(12, dtype=np.float32)
+    parts = {
+        "base": base,
+        "column": _tensor("Float", key="0", count=12, shape=[3], strides=[4], offset=1),
+        "transposed": _tensor("Float", key="0", count=12, shape=[4, 3], strides=[1, 4]),
+        "spread": _tensor("Float", key="0", count=12, shape=[2, 5], strides=[0, 1], offset=7),
+        "empty": _tensor("Float", key="0", count=12, shape=[0, 3], strides=[3, 1]),
+        "parameter": b"ctorch._utils\n_rebuild_parameter\n"
+        + _tuple(_tensor("Float", key="0", count=12, shape=[12], strides=[1]), b"\x88", b"}")
+        + b"R",
+    }
+    read = read_torch_file(_save(tmp_path / "x.pt", parts))
+    np.testing.assert_array_equal(read["column"], [1, 5, 9])
+    np.testing.assert_array_equal(read["transposed"], base.reshape(3, 4).T)
+    np.testing.assert_array_equal(read["spread"], [base[7:], base[7:]])
+    np.testing.assert_array_equal(read["parameter"], base)
+    assert read["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda command: b"cos\nsystem\n" + _tuple(_text(command)) + b"R",
+        lambda command: b"cposix\nsystem\n" + _tuple(_text(command)) + b"R",
+        lambda command: b"csubprocess\ngetoutput\n" + _tuple(_text(command)) + b"R",
+        lambda command: (
+            b"c__builtin__\neval\n" + _tuple(_text(f"__import__('os').system({command!r})")) + b"R"
+        ),
+        lambda command: _text("os") + _text("system") + b"\x93" + _tuple(_text(command)) + b"R",
+        lambda command: b"(" + _text(command) + b"ios\nsystem\n",
+        lambda command: b"ctorch\nload\n" + _tuple(_text(command)) + b"R",
+        lambda command: b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n",
+        lambda command: b"ccollections\nOrderedDict.__init__\n",
+        lambda command: b"ctorch\nStorage\n",
+    ],
+)
+def test_a_pickle_that_calls_anything_else_is_refused_and_not_run(
+    call: Callable[[str], bytes], tmp_path: Path
+) -> None:
+    trap = tmp_path / "ran"
+    path = _save(tmp_path / "hostile.pt", {"model": call(f"touch {trap}")})
+    _refused(lambda: read_torch_file(path), str(path), "refused")
+    _refused(lambda: load_weights(path), "refused")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        _tensor("Float", key="0", count=4, shape=[5], strides=[1]),
+        _tensor("Float", key="0", count=4, shape=[2], strides=[4]),
+        _tensor("Float", key="0", count=4, shape=[2], strides=[-1], offset=1),
+        _tensor("Float", key="0", count=4, shape=[1], strides=[1], offset=-1),
+        _tensor("Float", key="0", count=4, shape=[1], strides=[1], offset=4),
+        _tensor("Float", key="0", count=4, shape=[-1], strides=[1]),
+        _tensor("Float", key="0", count=4, shape=[2, 2], strides=[1]),
+        _tensor("Float", key="0", count=4, shape=[2**30, 2**30], strides=[0, 0]),
+        _tensor("Float", key="0", count=5, shape=[2], strides=[1]),
+        _tensor("Float", key="9", count=4, shape=[2], strides=[1]),
+        _tensor("Float", key="../data.pkl", count=1, shape=[1], strides=[1]),
+        _tensor("Complex", key="0", count=1, shape=[1], strides=[1]),
+        b"ctorch._utils\n_rebuild_tensor_v2\n)R",
+        b"NQ",
+        b"(" * 100_000 + b"N" + b"t" * 100_000 + b"Q",
+        b"\x82\x01",
+    ],
+)
+def test_a_tensor_that_its_storage_does_not_hold_is_refused(tensor: bytes, tmp_path: Path) -> None:
+    path = _save(tmp_path / "x.pt", {"base": np.arange(4, dtype=np.float32), "x": tensor})
+    _refused(lambda: read_torch_file(path), str(path))
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"Nr\xff\xff\xff\xff",
+        b"\x8d" + struct.pack("<Q", 1 << 40) + b"x",
+        b"\x8e" + struct.pack("<Q", 1 << 62) + b"x",
+        b"\x96" + struct.pack("<Q", 1 << 36) + b"x",
+        b"T\xff\xff\xff\x7fx",
+    ],
+)
+def test_a_pickle_that_asks_for_more_memory_than_it_fills_is_refused(opcodes: bytes, tmp_path: Path) -> None:
+    path = _save(tmp_path / "x.pt", opcodes)
+    _refused(lambda: read_torch_file(path), str(path))
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "data/0", "byteorder"])
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(member: str, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(_save(path, np.zeros(4, np.float32))) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members[f"archive/{member}"] += b"\0" * (1 << 24)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    _refused(lambda: read_torch_file(path), str(path), member, "refused")
+
+
+def test_a_packed_checkpoint_is_read(tmp_path: Path) -> None:
+    saved = _checkpoint(PLAIN, _published_tensors(PLAIN))
+    read = read_published(_save(tmp_path / "x.pt", saved, compression=zipfile.ZIP_DEFLATED))
+    assert read.config == PLAIN
+
+
+def test_a_damaged_checkpoint_is_refused_or_read_whole_but_never_fails_otherwise(tmp_path: Path) -> None:
+    path = _save(
+        tmp_path / "x.pt", _checkpoint(PLAIN, _published_tensors(PLAIN)), compression=zipfile.ZIP_DEFLATED
+    )
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refusals = []
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), 3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_published(path)
+        except ModelError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 200
+    assert all(message.startswith(str(path)) and "\n" not in message for message in refusals)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, -1])
+def test_a_truncated_checkpoint_is_refused(kept: float, tmp_path: Path) -> None:
+    path = _save(tmp_path / "x.pt", _checkpoint(PLAIN, _published_tensors(PLAIN)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    _refused(lambda: load_weights(path), str(path), "not a PyTorch checkpoint")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("a model, honestly")
+    _refused(lambda: load_weights(text), str(text), "not a PyTorch checkpoint")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme", "hello")
+    _refused(lambda: load_weights(tmp_path / "other.zip"), "no single data.pkl")
+    _refused(lambda: read_torch_file(tmp_path), "is a folder")
+    _refused(lambda: read_torch_file(tmp_path / "none.pt"), "no such checkpoint")
+    big_endian = _save(tmp_path / "big.pt", {"x": np.arange(3, dtype=np.float32)}, byteorder="big")
+    _refused(lambda: read_torch_file(big_endian), "big-endian")
+
+
+@pytest.mark.parametrize("saved", [7, {"state_dict": {}}, {"model": {}}, {"model": 3, "model_args": {}}])
+def test_a_file_of_something_else_than_a_checkpoint_is_refused(saved: Any, tmp_path: Path) -> None:
+    path = _save(tmp_path / "x.pt", saved)
+    _refused(lambda: read_published(path), str(path), "model")
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"n_layer": None}, ["model_args"]),
+        ({"n_embd": 9}, ["n_embd=9"]),
+        ({"n_layer": 3}, ["transformer.h.2.ln_1.weight", "missing"]),
+        ({"n_layer": 2**31 - 1}, ["2147483647 layers"]),
+        ({"n_layer": 1}, ["transformer.h.1.", "no parameter"]),
+        ({"bias": True}, ["transformer.h.0.ln_1.bias", "missing"]),
+        ({"vocab_size": 12}, ["transformer.wte.weight", "(11, 8)", "(12, 8)"]),
+        ({"block_size": 5}, ["transformer.wpe.weight", "(6, 8)", "(5, 8)"]),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_it_says_is_refused(
+    changed: dict[str, Any], parts: list[str], tmp_path: Path
+) -> None:
+    saved = _checkpoint(PLAIN, _published_tensors(PLAIN))
+    saved["model_args"] |= changed
+    path = _save(tmp_path / "x.pt", saved)
+    _refused(lambda: read_published(path), str(path), *parts)
+
+
+def test_model_args_without_a_key_are_refused_with_it(tmp_path: Path) -> None:
+    saved = _checkpoint(PLAIN, _published_tensors(PLAIN))
+    del saved["model_args"]["n_embd"]
+    path = _save(tmp_path / "x.pt", saved)
+    _refused(lambda: read_published(path), str(path), "lacks n_embd")
+
+
+def test_tensors_left_over_missing_or_misshapen_are_refused_by_name() -> None:
+    tensors = _published_tensors(PLAIN)
+    extra = tensors | {"transformer.h.0.attn.bias": np.zeros(3)}
+    _refused(lambda: params_from_tensors(extra, PLAIN, place="here"), "here", "transformer.h.0.attn.bias")
+    fewer = {name: value for name, value in tensors.items() if name != "transformer.ln_f.weight"}
+    _refused(lambda: params_from_tensors(fewer, PLAIN, place="here"), "transformer.ln_f.weight", "missing")
+    turned = tensors | {"transformer.h.0.mlp.c_fc.weight": tensors["transformer.h.0.mlp.c_fc.weight"].T}
+    _refused(lambda: params_from_tensors(turned, PLAIN, place="here"), "c_fc.weight", "(8, 32)", "(32, 8)")
+    untied = tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}
+    _refused(lambda: params_from_tensors(untied, PLAIN, place="here"), "tied")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2**-10)])
+def test_a_model_folder_gives_back_what_was_written(
+    dtype: str, tolerance: float, tmp_path: Path, params: Any
+) -> None:
+    path = tmp_path / "deep" / "model"
+    write_folder(path, BIASED, params, card="# A model\n", dtype=dtype)
+    read = read_folder(path)
+    assert read.config == BIASED
+    assert jax.tree.structure(read.params) == jax.tree.structure(params)
+    for ours, theirs in zip(jax.tree.leaves(read.params), jax.tree.leaves(params), strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=1e-7 if tolerance else 0)
+    assert {file.name for file in path.iterdir()} == {WEIGHTS_FILE, CONFIG_FILE, "MODEL_CARD.md"}
+    assert {value.dtype for value in load_file(path / WEIGHTS_FILE).values()} == {np.dtype(dtype)}
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 9, b"cut"])
+def test_damaged_weights_are_refused(content: bytes, folder: Path) -> None:
+    weights = folder / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-8] if content == b"cut" else content)
+    _refused(lambda: load_weights(folder), str(weights), "damaged")
+
+
+def test_weights_that_are_not_what_the_configuration_says_are_refused(folder: Path) -> None:
+    weights = folder / WEIGHTS_FILE
+    tensors = load_file(weights)
+    save_file(tensors | {"extra": np.zeros(2, np.float32)}, weights)
+    _refused(lambda: read_folder(folder), str(weights), "extra")
+    save_file({name: value for name, value in tensors.items() if name != "ln_f.scale"}, weights)
+    _refused(lambda: read_folder(folder), str(weights), "ln_f.scale", "missing")
+    save_file(tensors, weights)
+    (folder / CONFIG_FILE).write_text(to_yaml(dataclasses.replace(BIASED, block_size=7)))
+    _refused(lambda: read_folder(folder), "wpe.embedding", "(6, 8)", "(7, 8)")
+    (folder / CONFIG_FILE).write_text("n_layer: two\n")
+    with pytest.raises(ConfigError, match="n_layer"):
+        read_folder(folder)
+    (folder / CONFIG_FILE).unlink()
+    _refused(lambda: read_folder(folder), str(folder / CONFIG_FILE), "no such")
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+    _refused(lambda: read_folder(folder), WEIGHTS_FILE, "no such file")
+
+
+def test_weights_are_loaded_from_each_kind_of_place(folder: Path, tmp_path: Path, params: Any) -> None:
+    tensors = _published_tensors(BIASED)
+    published = load_weights(_save(tmp_path / "ckpt.pt", _checkpoint(BIASED, tensors)))
+    np.testing.assert_array_equal(published.params["wte"]["embedding"], tensors["lm_head.weight"])
+    assert load_weights(folder).config == BIASED
+
+    run = tmp_path / "run"
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dtype")
+    config = TrainConfig(**{name: getattr(BIASED, name) for name in names}, batch_size=1)
+    description = {"vocab_size": BIASED.vocab_size}
+    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+        state = create_state(config, jax.device_put(params))
+        checkpoints.save(state, step=3, data_state={}, description=description, val_loss=None)
+    (run / CONFIG_FILE).write_text(to_yaml(config))
+    read = load_weights(run)
+    assert read.config == BIASED
+    jax.tree.map(np.testing.assert_array_equal, read.params, params)
+
+
+def test_where_no_model_is_nothing_is_loaded(tmp_path: Path) -> None:
+    _refused(lambda: load_weights(tmp_path), str(tmp_path), "no model there")
+    _refused(lambda: load_weights(tmp_path / "none"), "no model there")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / CONFIG_FILE).write_text(to_yaml(TrainConfig()))
+    _refused(lambda: load_weights(tmp_path), "no complete checkpoint")
+
+
+def test_a_shorter_context_keeps_the_logits_and_a_longer_one_is_refused(params: Any) -> None:
+    cropped = crop_block_size(Weights(BIASED, params), 4, place="here")
+    assert cropped.config == dataclasses.replace(BIASED, block_size=4)
+    tokens = jnp.array([[1, 2, 3, 4]])
+    whole, _ = GPT(BIASED).apply({"params": params}, tokens)
+    np.testing.assert_array_equal(GPT(cropped.config).apply({"params": cropped.params}, tokens)[0], whole)
+    _refused(lambda: crop_block_size(Weights(BIASED, params), 7, place="here"), "here", "block_size=7")
