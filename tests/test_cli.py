@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -30,6 +31,8 @@ ROOT = Path(__file__).parents[1]
 VERBS = ("prepare", "train", "sample")
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
 SHAPE = ("n_layer=2", "n_head=2", "n_embd=32", "block_size=64", "batch_size=2", "dtype=float32")
+ENVIRONMENT = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+ENVIRONMENT["JAX_PLATFORMS"] = "cpu"
 STEPS = ("gradient_accumulation_steps=1", "max_iters=2", "warmup_iters=1", "lr_decay_iters=2")
 
 
@@ -168,6 +171,7 @@ def _run(*words: str | Path, expected: int = 0, timeout: float = 300) -> subproc
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -326,7 +330,9 @@ def test_a_terminated_run_leaves_what_it_finished(model: Path, tmp_path: Path) -
     out = tmp_path / "out"
     words = ["sample.py", "--model", model, "--unconditional", "--num-samples", "20000", "--batch-size", "4"]
     command = [sys.executable, *map(str, [*words, "--workers", "1", "--out", out])]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 200
         while not list(out.glob("cifs/*.cif")) and process.poll() is None and time.monotonic() < deadline:

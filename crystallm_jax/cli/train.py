@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,27 @@ def run(arguments: argparse.Namespace) -> int:
 
     from crystallm_jax.training.loop import run as train  # noqa: PLC0415 - JAX only once the settings are good
 
-    # Orbax logs each failed write with pages of tracebacks; the error that it raises says it in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _quiet_orbax()
     result = train(config)
     validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
     print(f"step {result.step}: loss {result.loss:.4f}{validation}")  # noqa: T201
     print(f"next: crystallm sample --model {config.out_dir} --composition Na4Cl4 --out samples")  # noqa: T201
     return 0
+
+
+def _quiet_orbax() -> None:
+    """Keep orbax's reports of a failed write off the terminal: the error that it raises says it in one line.
+
+    It logs pages of tracebacks, and writes that fail after the first one find its event loop closed and print that.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    others = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = report
 
 
 def _prepare_embedded(out_dir: Path) -> Path:

@@ -128,7 +128,7 @@ class _TensorUnpickler(pickle.Unpickler):
 def _check_sizes(description: bytes) -> None:
     """Refuse lengths and memo numbers beyond the pickle's own: the unpickler would allocate memory for them first."""
     for opcode, argument, _ in pickletools.genops(description):  # raises ValueError for such a length
-        if "PUT" in opcode.name and argument > len(description):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(description):
             raise pickle.UnpicklingError(f"its memo number {argument} is beyond its {len(description)} bytes")
 
 

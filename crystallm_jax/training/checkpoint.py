@@ -10,10 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from crystallm_jax.errors import ModelError
+from crystallm_jax.training.sharding import path_name
 from crystallm_jax.training.step import TrainState
 
 _VALIDATION_LOSS = "val_loss"
@@ -46,6 +48,11 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self.folder,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "description": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
                 create=keep is not None,
@@ -118,7 +125,10 @@ class Checkpoints:
             ModelError: there is none, or its arrays have other shapes.
         """
         step = self._existing(step)
+        place = self.folder / str(step)
         try:
+            # Compared first: a read that fails half-way leaves others of it running.
+            _check_shapes(self._manager.item_metadata(step)["state"], abstract, place)
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -128,7 +138,7 @@ class Checkpoints:
                 ),
             )
         except (ValueError, KeyError, FileNotFoundError) as error:
-            raise ModelError(f"{self.folder / str(step)}: cannot be restored: {_first_line(error)}") from None
+            raise ModelError(f"{place}: cannot be restored: {_first_line(error)}") from None
         return Restored(step, items.state, items.data, items.description)
 
     def _existing(self, step: int | None) -> int:
@@ -151,6 +161,18 @@ class Checkpoints:
             raise ModelError(
                 f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}"
             ) from None
+
+
+def _check_shapes(saved: Any, wanted: Any, place: Path) -> None:
+    """Refuse a checkpoint whose arrays are not those that are asked for."""
+    found, asked = (
+        {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved, wanted)
+    )
+    for name, shape in asked.items():
+        if found.get(name) != shape:
+            there = f"has shape {found[name]}" if name in found else "is missing"
+            raise ModelError(f"{place}: cannot be restored: {name} {there}, where {shape} is asked for")
 
 
 def _first_line(error: BaseException) -> str:
