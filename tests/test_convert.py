@@ -1,4 +1,4 @@
-"""Models on disk: published checkpoints, model folders, runs; and what only pretends to be one."""
+"""Published checkpoints: read without PyTorch, and refused where they only pretend to be one."""
 
 import dataclasses
 import struct
@@ -12,19 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from crystallm_jax.config import to_yaml
 from crystallm_jax.convert import read_published
-from crystallm_jax.convert.folder import CONFIG_FILE, WEIGHTS_FILE, read_folder, write_folder
 from crystallm_jax.convert.published import params_from_tensors
 from crystallm_jax.convert.torch_file import read_torch_file
-from crystallm_jax.errors import ConfigError, CrystallmError, ModelError
-from crystallm_jax.model import GPT, ModelConfig, init_params
-from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import Weights, crop_block_size, load_weights
-from crystallm_jax.training.step import create_state
+from crystallm_jax.errors import CrystallmError, ModelError
+from crystallm_jax.model import ModelConfig, init_params
+from crystallm_jax.training.load import load_weights
 
 STORAGES = {
     "f8": "Double",
@@ -152,17 +146,6 @@ def _refused(read: Callable[[], Any], *parts: str) -> str:
     return message
 
 
-@pytest.fixture(scope="module")
-def params() -> Any:
-    return jax.device_get(jax.jit(init_params, static_argnums=0)(BIASED, jax.random.key(0)))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, params: Any) -> Path:
-    write_folder(tmp_path / "model", BIASED, params, card="# A model\n")
-    return tmp_path / "model"
-
-
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 @pytest.mark.parametrize("config", [PLAIN, BIASED], ids=["plain", "biased"])
 def test_a_published_checkpoint_becomes_parameters_of_ours(
@@ -194,7 +177,8 @@ def test_a_published_checkpoint_becomes_parameters_of_ours(
     )
 
 
-def test_golden_checkpoints_are_read_without_torch(golden: Path) -> None:
+def test_golden_checkpoints_are_read_without_torch(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it would now fail
     for path in sorted(golden.glob("*/**/*ckpt.pt")):
         read = read_published(path)
         assert read.config.n_embd == 32
@@ -202,7 +186,6 @@ def test_golden_checkpoints_are_read_without_torch(golden: Path) -> None:
     saved = read_torch_file(golden / "train" / "final_ckpt.pt")
     assert {"model", "optimizer", "model_args", "iter_num"} <= saved.keys()
     assert len(saved["optimizer"]["state"]) == 15
-    assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize("dtype", sorted(STORAGES))
@@ -324,8 +307,9 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(member: str, tmp_path: Path
 
 def test_a_packed_checkpoint_is_read(tmp_path: Path) -> None:
     saved = _checkpoint(PLAIN, _published_tensors(PLAIN))
-    read = read_published(_save(tmp_path / "x.pt", saved, compression=zipfile.ZIP_DEFLATED))
-    assert read.config == PLAIN
+    path = _save(tmp_path / "x.pt", saved, compression=zipfile.ZIP_DEFLATED)
+    assert read_published(path).config == PLAIN
+    assert load_weights(path).config == PLAIN
 
 
 def test_a_damaged_checkpoint_is_refused_or_read_whole_but_never_fails_otherwise(tmp_path: Path) -> None:
@@ -414,84 +398,3 @@ def test_tensors_left_over_missing_or_misshapen_are_refused_by_name() -> None:
     _refused(lambda: params_from_tensors(turned, PLAIN, place="here"), "c_fc.weight", "(8, 32)", "(32, 8)")
     untied = tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}
     _refused(lambda: params_from_tensors(untied, PLAIN, place="here"), "tied")
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2**-10)])
-def test_a_model_folder_gives_back_what_was_written(
-    dtype: str, tolerance: float, tmp_path: Path, params: Any
-) -> None:
-    path = tmp_path / "deep" / "model"
-    write_folder(path, BIASED, params, card="# A model\n", dtype=dtype)
-    read = read_folder(path)
-    assert read.config == BIASED
-    assert jax.tree.structure(read.params) == jax.tree.structure(params)
-    for ours, theirs in zip(jax.tree.leaves(read.params), jax.tree.leaves(params), strict=True):
-        assert ours.dtype == np.float32
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=1e-7 if tolerance else 0)
-    assert {file.name for file in path.iterdir()} == {WEIGHTS_FILE, CONFIG_FILE, "MODEL_CARD.md"}
-    assert {value.dtype for value in load_file(path / WEIGHTS_FILE).values()} == {np.dtype(dtype)}
-
-
-@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 9, b"cut"])
-def test_damaged_weights_are_refused(content: bytes, folder: Path) -> None:
-    weights = folder / WEIGHTS_FILE
-    weights.write_bytes(weights.read_bytes()[:-8] if content == b"cut" else content)
-    _refused(lambda: load_weights(folder), str(weights), "damaged")
-
-
-def test_weights_that_are_not_what_the_configuration_says_are_refused(folder: Path) -> None:
-    weights = folder / WEIGHTS_FILE
-    tensors = load_file(weights)
-    save_file(tensors | {"extra": np.zeros(2, np.float32)}, weights)
-    _refused(lambda: read_folder(folder), str(weights), "extra")
-    save_file({name: value for name, value in tensors.items() if name != "ln_f.scale"}, weights)
-    _refused(lambda: read_folder(folder), str(weights), "ln_f.scale", "missing")
-    save_file(tensors, weights)
-    (folder / CONFIG_FILE).write_text(to_yaml(dataclasses.replace(BIASED, block_size=7)))
-    _refused(lambda: read_folder(folder), "wpe.embedding", "(6, 8)", "(7, 8)")
-    (folder / CONFIG_FILE).write_text("n_layer: two\n")
-    with pytest.raises(ConfigError, match="n_layer"):
-        read_folder(folder)
-    (folder / CONFIG_FILE).unlink()
-    _refused(lambda: read_folder(folder), str(folder / CONFIG_FILE), "no such")
-
-
-def test_a_folder_without_weights_is_refused(folder: Path) -> None:
-    (folder / WEIGHTS_FILE).unlink()
-    _refused(lambda: read_folder(folder), WEIGHTS_FILE, "no such file")
-
-
-def test_weights_are_loaded_from_each_kind_of_place(folder: Path, tmp_path: Path, params: Any) -> None:
-    tensors = _published_tensors(BIASED)
-    published = load_weights(_save(tmp_path / "ckpt.pt", _checkpoint(BIASED, tensors)))
-    np.testing.assert_array_equal(published.params["wte"]["embedding"], tensors["lm_head.weight"])
-    assert load_weights(folder).config == BIASED
-
-    run = tmp_path / "run"
-    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dtype")
-    config = TrainConfig(**{name: getattr(BIASED, name) for name in names}, batch_size=1)
-    description = {"vocab_size": BIASED.vocab_size}
-    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-        state = create_state(config, jax.device_put(params))
-        checkpoints.save(state, step=3, data_state={}, description=description, val_loss=None)
-    (run / CONFIG_FILE).write_text(to_yaml(config))
-    read = load_weights(run)
-    assert read.config == BIASED
-    jax.tree.map(np.testing.assert_array_equal, read.params, params)
-
-
-def test_where_no_model_is_nothing_is_loaded(tmp_path: Path) -> None:
-    _refused(lambda: load_weights(tmp_path), str(tmp_path), "no model there")
-    _refused(lambda: load_weights(tmp_path / "none"), "no model there")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / CONFIG_FILE).write_text(to_yaml(TrainConfig()))
-    _refused(lambda: load_weights(tmp_path), "no complete checkpoint")
-
-
-def test_a_shorter_context_keeps_the_logits_and_a_longer_one_is_refused(params: Any) -> None:
-    cropped = crop_block_size(Weights(BIASED, params), 4, place="here")
-    assert cropped.config == dataclasses.replace(BIASED, block_size=4)
-    tokens = jnp.array([[1, 2, 3, 4]])
-    whole, _ = GPT(BIASED).apply({"params": params}, tokens)
-    np.testing.assert_array_equal(GPT(cropped.config).apply({"params": cropped.params}, tokens)[0], whole)
-    _refused(lambda: crop_block_size(Weights(BIASED, params), 7, place="here"), "here", "block_size=7")

@@ -4,9 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from crystallm_jax.convert import read_published
-from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate_schedule
-from crystallm_jax.training.sharding import FSDP, make_mesh, parameter_specs, state_shardings
+from crystallm_jax.training.sharding import make_mesh, parameter_specs
 from crystallm_jax.training.step import CompiledSteps, compile_steps, cross_entropy, initial_state
 
-ROOT = Path(__file__).parents[1]
 STEP_TOLERANCE = 1e-4
-MESH_TOLERANCE = 1e-5
 
 OWN = TrainConfig(
     gradient_accumulation_steps=2,
@@ -264,19 +257,6 @@ def test_what_decays_is_what_decayed_in_the_published_run(golden: Path) -> None:
         assert all(published[name] is decays for name in names)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_every_parameter_has_one_sharding_and_kernels_alone_are_split(bias: bool) -> None:
-    config = dataclasses.replace(OWN_MODEL, bias=bias)
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    specs = jax.tree_util.tree_flatten_with_path(
-        parameter_specs(shapes), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-    )[0]
-    assert len(specs) == len(jax.tree.leaves(shapes))
-    for path, spec in specs:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert (FSDP in spec) == name.endswith("kernel"), name
-
-
 @pytest.mark.parametrize(
     "name",
     ["head/kernel", "h_0/attn/c_attn/scale", "h_0/cross/c_attn/kernel", "h_0/ln_3/scale", "my_wte/embedding"],
@@ -313,105 +293,3 @@ def test_clipping_scales_down_to_the_limit_and_never_up() -> None:
     assert _norm(clip_by_norm(grads, jnp.array(5.0), 1.0)) == pytest.approx(1.0, rel=1e-6)
     for limit in (10.0, 0.0):
         jax.tree.map(np.testing.assert_array_equal, clip_by_norm(grads, jnp.array(5.0), limit), grads)
-
-
-def test_a_mesh_that_is_not_the_devices_is_refused() -> None:
-    devices = jax.devices()[:1]
-    with pytest.raises(ConfigError, match="fsdp=2 does not divide the 1 devices"):
-        make_mesh(-1, 2, devices)
-    with pytest.raises(ConfigError, match="fsdp=0"):
-        make_mesh(-1, 0, devices)
-    with pytest.raises(ConfigError, match="data_parallel=2 × fsdp=1 is not the number of devices, 1"):
-        make_mesh(2, 1, devices)
-
-
-_EIGHT_DEVICES = """
-import dataclasses, json
-import jax, numpy as np
-from crystallm_jax.errors import ConfigError
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.sharding import make_mesh
-from crystallm_jax.training.step import compile_steps, initial_state
-
-config = TrainConfig(
-    gradient_accumulation_steps=2, batch_size=8, block_size=16, n_layer=1, n_head=2, n_embd=32, learning_rate=1e-2,
-    min_lr=1e-3, warmup_iters=1, lr_decay_iters=8, dtype="float32",
-)
-model_config = config.model_config(29)
-batches = np.random.default_rng(0).integers(0, 29, (3, 2, 8, 17)).astype(np.uint16)
-report = {"devices": jax.device_count()}
-for name, data, fsdp, count in (("1", 1, 1, 1), ("dp 8", -1, 1, 8), ("fsdp 8", 1, 8, 8), ("2 x 4", 2, 4, 8)):
-    steps = compile_steps(config, model_config, make_mesh(data, fsdp, jax.devices()[:count]))
-    state = initial_state(config, model_config, steps)
-    losses = []
-    for tokens in batches:
-        state, metrics = steps.train(state, jax.device_put(tokens, steps.micro_batches))
-        losses.append([*np.asarray(metrics.micro_losses).tolist(), float(metrics.grad_norm)])
-    losses.append([float(steps.evaluate(state.params, jax.device_put(batches[0, 0], steps.batch)))] * 3)
-    kernels = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.addressable_shards[0].data.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
-        if "h_0" in str(path) and "kernel" in str(path)
-    }
-    report[name] = {"losses": losses, "shards": kernels}
-for name, changes, data, fsdp in (("batch", {"batch_size": 12}, -1, 1), ("width", {"n_embd": 36}, -1, 8)):
-    changed = dataclasses.replace(config, **changes)
-    try:
-        compile_steps(changed, changed.model_config(29), make_mesh(data, fsdp))
-    except ConfigError as error:
-        report[name] = str(error)
-print(json.dumps(report))
-"""
-
-
-@pytest.fixture(scope="module")
-def eight_devices() -> dict[str, Any]:
-    environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run(
-        [sys.executable, "-c", _EIGHT_DEVICES],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("mesh", ["dp 8", "fsdp 8", "2 x 4"])
-def test_every_mesh_gives_the_losses_of_one_device(mesh: str, eight_devices: dict[str, Any]) -> None:
-    assert eight_devices["devices"] == 8
-    np.testing.assert_allclose(
-        eight_devices[mesh]["losses"], eight_devices["1"]["losses"], rtol=0, atol=MESH_TOLERANCE
-    )
-    assert np.isfinite(eight_devices["1"]["losses"]).all()
-
-
-@pytest.mark.parametrize(("mesh", "parts"), [("dp 8", 1), ("fsdp 8", 8), ("2 x 4", 4)])
-def test_kernels_and_their_moments_are_really_split(
-    mesh: str, parts: int, eight_devices: dict[str, Any]
-) -> None:
-    shards = eight_devices[mesh]["shards"]
-    whole = {
-        "attn/c_attn": [32 // parts, 96],
-        "attn/c_proj": [32, 32 // parts],
-        "mlp/c_fc": [32 // parts, 128],
-        "mlp/c_proj": [128, 32 // parts],
-    }
-    for kernel, shape in whole.items():
-        found = [shard for name, shard in shards.items() if f"h_0/{kernel}/kernel" in name]
-        # The parameter and its two moments.
-        assert found == [shape] * 3
-
-
-def test_what_does_not_divide_over_the_mesh_is_refused(eight_devices: dict[str, Any]) -> None:
-    assert "batch_size=12 is not a multiple of the 8 devices" in eight_devices["batch"]
-    assert "fsdp=8 does not divide the 36" in eight_devices["width"]
-
-
-def test_a_state_on_one_device_is_whole(steps: CompiledSteps) -> None:
-    shardings = state_shardings(steps.abstract, make_mesh(1, 1, jax.devices()[:1]))
-    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
