@@ -54,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     _quiet_orbax()
     result = train(config)
-    validation = "" if result.val_loss is None else f", validation loss {result.val_loss:.4f}"
-    print(f"step {result.step}: loss {result.loss:.4f}{validation}")  # noqa: T201
+    losses = {"loss": result.loss, "validation loss": result.val_loss}
+    known = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+    print(f"step {result.step}: {', '.join(known) or 'nothing left to do'}")  # noqa: T201
     print(f"next: crystallm sample --model {config.out_dir} --composition Na4Cl4 --out samples")  # noqa: T201
     return 0
 

@@ -46,10 +46,10 @@ class TrainingStoppedError(CrystallmError):
 
 
 class RunResult(NamedTuple):
-    """Where a finished run stands."""
+    """Where a finished run stands; a loss that was not computed is None."""
 
     step: int
-    loss: float
+    loss: float | None
     val_loss: float | None
 
 
@@ -186,7 +186,7 @@ class _Trainer:
         if config.eval_only or first_step >= config.max_iters:
             found = self._evaluate(state)
             logger.info("step %d: %s", first_step, _describe(found))
-            return RunResult(first_step, found.get("train_loss", math.nan), found.get("val_loss"))
+            return RunResult(first_step, found.get("train_loss"), found.get("val_loss"))
         rate = _Rate(config, self.model_config, count_params(state.params), first_step)
         pending: StepMetrics | None = None
         values: dict[str, float] = {}

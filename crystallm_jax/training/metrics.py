@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,9 +75,10 @@ class MetricsLog:
             partial.replace(path)
 
     def write(self, **values: Any) -> None:
-        """Append one line."""
+        """Append one line; numbers that are not finite are written as null, which JSON knows."""
         with self._writing(), self._path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            finite = {key: value if _is_finite(value) else None for key, value in values.items()}
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -86,6 +88,10 @@ class MetricsLog:
             raise DataError(
                 f"{self._path}: cannot be written ({error.strerror}); make room and go on with init_from=resume"
             ) from None
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _step_of(line: str) -> float:
