@@ -210,7 +210,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(full: Left)
     assert process.returncode == 1
     assert full.latest == 6
     message = process.stderr.splitlines()[-1]
-    assert message.startswith("crystallm train:")
+    assert message.startswith("crystallm train:"), process.stderr
     assert "could not be written" in message
     assert "step 6 is intact" in message
     assert "init_from=resume" in message

@@ -141,7 +141,7 @@ def draw_losses(training: Path, picture: Path) -> None:
         "o-",
         label="validation",
     )
-    axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    axis.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     axis.legend()
     figure.tight_layout()
     figure.savefig(picture, dpi=110)

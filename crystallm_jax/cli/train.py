@@ -64,9 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _quiet_orbax() -> None:
     """Keep orbax's reports of a failed write off the terminal: the error that it raises says it in one line.
 
-    It logs pages of tracebacks, and writes that fail after the first one find its event loop closed and print that.
+    It logs pages of tracebacks, writes that fail after the first one find its event loop closed and print that, and
+    asyncio prints those that nobody waits for any more.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     others = sys.unraisablehook
 
     def report(unraisable: Any) -> None:

@@ -19,6 +19,7 @@ from crystallm_jax.training.sharding import path_name
 from crystallm_jax.training.step import TrainState
 
 _VALIDATION_LOSS = "val_loss"
+_LONGEST_REASON = 500
 
 
 class Restored(NamedTuple):
@@ -176,4 +177,6 @@ def _check_shapes(saved: Any, wanted: Any, place: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    """What went wrong, without the description of the store that tensorstore appends."""
+    line = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    return line.split(" [tensorstore_spec", 1)[0][:_LONGEST_REASON]
