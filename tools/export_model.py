@@ -51,7 +51,7 @@ def card(arguments: argparse.Namespace, weights: object) -> str:
     } tokens; the published vocabulary of {weights.config.vocab_size} tokens.
 - Data: {arguments.data}
 - Training: {lines[-1]["step"]:,} steps of {config.tokens_per_step:,} tokens, AdamW, peak learning rate {
-        config.learning_rate:g}, dropout {config.dropout:g}; configuration in `configs/default.yaml`.
+        config.learning_rate:g}, dropout {config.dropout:g}; its configuration is in the run folder.
 - Validation loss: {val_loss} nats a token.
 - Weights: {arguments.dtype}.
 {arguments.notes}
