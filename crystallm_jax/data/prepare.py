@@ -162,12 +162,7 @@ def prepare(
         with contextlib.closing(_outcomes(records, options, workers, time_limit)) as outcomes:
             rows = _collect(outcomes, writer, reasons, progress=progress)
         kept = _lowest_volumes(rows, writer, reasons) if dedup else np.arange(len(writer))
-        if len(kept) + writer.n_dropped != records.count:
-            raise AssertionError(
-                f"{records.count} came in, {len(kept)} + {writer.n_dropped} are accounted for"
-            )
-        if not len(kept):
-            raise DataError(_nothing_left(records.count, reasons))
+        _check_counts(records.count, len(kept), writer.n_dropped, reasons)
         header = writer.commit(
             split_rows(kept, split, seed=seed) if split else _given_sets(kept, rows, records.ends),
             sources=tuple(str(path) for group in groups for path in group),
@@ -177,8 +172,16 @@ def prepare(
         )
     counts = records.count, len(kept), writer.n_dropped
     return PrepareReport(
-        Path(out_dir), *counts, header.splits, reasons.summary(), seconds=time.perf_counter() - begin
+        Path(out_dir), *counts, header.splits, reasons.summary(), time.perf_counter() - begin
     )
+
+
+def _check_counts(n_input: int, n_kept: int, n_dropped: int, reasons: _Reasons) -> None:
+    """Every record that came in is kept or dropped, and some are kept."""
+    if n_kept + n_dropped != n_input:
+        raise AssertionError(f"{n_input} came in, {n_kept} + {n_dropped} are accounted for")
+    if not n_kept:
+        raise DataError(_nothing_left(n_input, reasons))
 
 
 def split_rows(rows: np.ndarray, fractions: tuple[float, float], *, seed: int) -> dict[str, np.ndarray]:
