@@ -343,3 +343,37 @@ def test_signals_leave_no_half_written_store(cifs: Path, tmp_path: Path, number:
     finally:
         process.kill()
     assert not out.exists()
+
+
+def test_sets_that_are_apart_stay_apart_and_drops_do_not_shift_them(cifs: Path, tmp_path: Path) -> None:
+    names = {
+        "train": ["partial", "rocksalt"],
+        "val": ["polonium", "perovskite"],
+        "test": ["caesium_chloride"],
+    }
+    paths = {split: [cifs / f"{name}.cif" for name in group] for split, group in names.items()}
+    out = tmp_path / "store"
+    report = prepare(
+        paths["train"], out, val_inputs=paths["val"], test_inputs=paths["test"], workers=0, progress=False
+    )
+    assert (report.n_input, report.n_kept, report.n_dropped) == (5, 3, 2)
+    kept = {split: TokenStore.open(out, split).ids for split in names}
+    assert kept == {"train": ("rocksalt",), "val": ("perovskite",), "test": ("caesium_chloride",)}
+
+
+def test_a_set_of_which_nothing_is_left_is_refused(cifs: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of the 1 records of the val set"):
+        prepare(
+            [cifs / "rocksalt.cif"],
+            tmp_path / "store",
+            val_inputs=[cifs / "polonium.cif"],
+            workers=0,
+            progress=False,
+        )
+    assert not (tmp_path / "store" / "train.bin").exists()
+
+
+def test_fractions_and_sets_of_their_own_do_not_go_together(cifs: Path, tmp_path: Path) -> None:
+    salt = cifs / "rocksalt.cif"
+    with pytest.raises(DataError, match="cannot go together"):
+        prepare([salt], tmp_path / "store", val_inputs=[salt], split=(0.1, 0.1), workers=0, progress=False)

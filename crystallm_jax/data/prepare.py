@@ -152,12 +152,11 @@ def prepare(
     """
     begin = time.perf_counter()
     _check_options(symprec=symprec, decimal_places=decimal_places, split=split, time_limit=time_limit)
-    if split is not None and (val_inputs or test_inputs):
-        raise DataError("a split by fractions and sets of their own cannot go together: give one of them")
     groups = (tuple(inputs), tuple(val_inputs), tuple(test_inputs))
+    if split is not None and any(groups[1:]):
+        raise DataError("a split by fractions and sets of their own cannot go together: give one of them")
     records = _Counted(groups)
-    options = Options(symprec, decimal_places, dedup)
-    reasons = _Reasons()
+    options, reasons = Options(symprec, decimal_places, dedup), _Reasons()
     with terminate_as_interrupt(), StoreWriter(out_dir) as writer:
         with contextlib.closing(_outcomes(records, options, workers, time_limit)) as outcomes:
             rows = _collect(outcomes, writer, reasons, progress=progress)

@@ -15,9 +15,8 @@ from pymatgen.core import Composition, Element, Lattice, Structure
 from pymatgen.io.cif import CifParser
 
 from crystallm_jax.cif import ELEMENTS
+from crystallm_jax.cif.symmetry import MAX_ATOMS
 from crystallm_jax.errors import CIFError
-
-MAX_ATOMS = 2000
 
 _CELL = tuple(
     f"_cell_{k}" for k in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
