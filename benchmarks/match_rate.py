@@ -34,7 +34,7 @@ def main() -> int:
     with (arguments.samples / "samples.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["sample"] == "1"]
     wanted = {row["id"] for row in rows}
-    truth = {record.id: record.cif for record in read_records(arguments.truth) if record.id in wanted}
+    truth = {record.id: record.text for record in read_records(arguments.truth) if record.id in wanted}
     with ProcessPool(context=multiprocessing.get_context("spawn")) as pool:
         tasks = [
             pool.schedule(

@@ -62,7 +62,7 @@ def texts(fixtures: Path) -> dict[str, str]:
     return {
         "salt": salt,
         "rutile": (fixtures / "validity" / "rutile_raw.txt").read_text(),
-        "corpus": stream_text(preprocess_cif(next(read_corpus()).cif)),
+        "corpus": stream_text(preprocess_cif(next(read_corpus()).text)),
         "stretched": salt.replace("Cl Cl1 4 0.0000 0.0000 0.5000", "Cl Cl1 4 0.0000 0.0000 0.1000"),
         "disordered": salt.replace(" 1.0\n", " 0.5\n"),
         "dummy": salt.replace("Cl Cl1 4", "Q Cl1 4"),

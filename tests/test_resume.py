@@ -85,7 +85,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = CIFTokenizer()
     with StoreWriter(folder) as out:
         for record in itertools.islice(read_corpus(), 24):
-            out.add(record.id, tokenizer.encode_cif(stream_text(preprocess_cif(record.cif))))
+            out.add(record.id, tokenizer.encode_cif(stream_text(preprocess_cif(record.text))))
         splits = {"train": np.arange(20), "val": np.arange(20, 24)}
         out.commit(splits, sources=(), options={}, counts={}, versions={})
     return folder

@@ -6,7 +6,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from crystallm_jax.data.readers import Record, read_records
+from crystallm_jax.data.readers import read_records
+from crystallm_jax.data.record import Record
 
 EMBEDDED = "embedded"
 """The name by which `prepare` and `train` know it."""

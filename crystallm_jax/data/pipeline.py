@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text, symmetrized_cif
-from crystallm_jax.data.readers import Record
+from crystallm_jax.data.record import Record
 from crystallm_jax.data.structures import parse_structure
 from crystallm_jax.errors import CIFError
 
@@ -90,10 +90,10 @@ def prepare_one(record: Record, options: Options) -> Prepared | Dropped:
         return Dropped("read", record.problem)
     stage = "parse"
     try:
-        if _PREPARED.search(record.cif):
-            text = preprocessed = record.cif
+        if _PREPARED.search(record.text):
+            text = preprocessed = record.text
         else:
-            structure = parse_structure(record.cif)
+            structure = parse_structure(record.text)
             stage = "symmetrise"
             text = symmetrized_cif(structure, options.symprec)
             stage = "preprocess"

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from crystallm_jax import __version__
 from crystallm_jax.data.corpus import EMBEDDED, corpus_path
 from crystallm_jax.data.pipeline import Dropped, Options, Prepared, prepare_batch, prepare_one, warm_up
-from crystallm_jax.data.readers import Record, read_records, unique_ids
+from crystallm_jax.data.readers import read_records, unique_ids
+from crystallm_jax.data.record import Record
 from crystallm_jax.data.store import SPLITS, SplitHeader
 from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import DataError

@@ -12,8 +12,9 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
 
+from crystallm_jax.data.record import Record
 from crystallm_jax.errors import DataError
 
 SUPPORTED = (
@@ -41,14 +42,6 @@ _HAS_SITES = re.compile(r"^\s*_atom_site[_.]fract_x\b", re.MULTILINE | re.IGNORE
 # Rows of whole structures are long; the csv module stops at 128 KiB unless told otherwise.
 _FIELD_LIMIT = 2**31 - 1
 _LARGEST_CIF = 64 * 2**20
-
-
-class Record(NamedTuple):
-    """One crystal as it was found; `problem` says why it could not be read (then `cif` is empty)."""
-
-    id: str
-    cif: str
-    problem: str | None = None
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
