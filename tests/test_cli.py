@@ -24,6 +24,7 @@ from crystallm_jax.cif import CIFError
 from crystallm_jax.cli import main
 from crystallm_jax.cli import sample as sample_verb
 from crystallm_jax.convert.folder import write_folder
+from crystallm_jax.data.executors import Execution
 from crystallm_jax.data.prepare import prepare
 from crystallm_jax.model import ModelConfig, init_params
 
@@ -76,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(cifs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of five crystals, without a validation set."""
     path = tmp_path_factory.mktemp("cli") / "data"
-    prepare([cifs], path, workers=0, progress=False)
+    prepare([cifs], path, execution=Execution(workers=0), progress=False)
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from crystallm_jax.cif import UNCONDITIONAL_PROMPT, make_prompt
+from crystallm_jax.data.executors import Execution
 from crystallm_jax.data.prepare import prepare
 from crystallm_jax.errors import CIFError, DataError, SamplingError
 from crystallm_jax.sampling.prompts import (
@@ -24,7 +25,7 @@ from crystallm_jax.sampling.prompts import (
 def prepared(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of five crystals."""
     out = tmp_path_factory.mktemp("prompts") / "prepared"
-    prepare([fixtures / "data"], out, workers=0, progress=False)
+    prepare([fixtures / "data"], out, execution=Execution(workers=0), progress=False)
     return out
 
 
@@ -94,9 +95,10 @@ def test_a_prepared_folder_can_ask_for_its_space_groups(prepared: Path) -> None:
 def test_held_out_records_are_asked_for_first(fixtures: Path, tmp_path: Path) -> None:
     salt, ours = fixtures / "data" / "rocksalt.cif", fixtures / "data" / "perovskite.cif"
     caesium = fixtures / "data" / "caesium_chloride.cif"
-    prepare([salt], tmp_path / "a", val_inputs=[ours], test_inputs=[caesium], workers=0, progress=False)
+    alone = {"execution": Execution(workers=0), "progress": False}
+    prepare([salt], tmp_path / "a", val_inputs=[ours], test_inputs=[caesium], **alone)
     assert [prompt.id for prompt in read_prompts(tmp_path / "a")] == ["caesium_chloride"]
-    prepare([salt], tmp_path / "b", val_inputs=[ours], workers=0, progress=False)
+    prepare([salt], tmp_path / "b", val_inputs=[ours], **alone)
     assert [prompt.id for prompt in read_prompts(tmp_path / "b")] == ["perovskite"]
 
 

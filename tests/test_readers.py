@@ -3,13 +3,17 @@
 import csv
 import gzip
 import io
+import json
 import lzma
+import pickle
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from crystallm_jax.data import Record, read_records
-from crystallm_jax.data.readers import unique_ids
+from crystallm_jax.data import Record, read_records, tables
+from crystallm_jax.data.readers import input_bytes, recognise
 from crystallm_jax.errors import DataError
 
 
@@ -49,7 +53,7 @@ def test_a_cif_of_several_structures_gives_one_record_each(tmp_path: Path, fixtu
     path.write_text("data_global\n_audit_creation_method made\n" + one + two)
     records = list(read_records(path))
     assert [r.id for r in records] == ["both#NaCl", "both#SrTiO3"]
-    assert records[1].cif == two
+    assert records[1].text == two
 
 
 def test_blocks_without_atoms_do_not_divide_a_cif(fixtures: Path) -> None:
@@ -99,14 +103,6 @@ def test_bad_rows_are_handed_on_with_their_problem(tmp_path: Path) -> None:
     assert fine == Record("d", "data_d\n")
 
 
-def test_repeated_and_blank_ids_become_unique() -> None:
-    names = ["a", "a", "a_2", "", "two words", "a"]
-    found = [r.id for r in unique_ids(Record(n, "") for n in names)]
-    assert found == ["a", "a_2", "a_2_2", "unnamed", "two_words", "a_3"]
-    again = [r.id for r in unique_ids(Record(n, "") for n in found)]
-    assert again == found
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -119,9 +115,16 @@ def test_repeated_and_blank_ids_become_unique() -> None:
         ("x.cif", b" \n", "is empty"),
         ("x.cif", b"\x00\x01", "binary"),
         ("x.cif", "data_é".encode("latin-1"), "not UTF-8"),
-        ("x.zip", b"PK", "not read yet; give a folder of .cif files"),
-        ("x.jsonl.gz", b"{}", "not read yet"),
-        ("x.pkl.gz", b"..", "not read yet"),
+        ("x.zip", b"PK", "cannot be read"),
+        ("x.zip", b"PK\x03\x04" + bytes(100), "cannot be read"),
+        ("x.tar.gz", gzip.compress(b"no tar"), "cannot be read"),
+        ("x.tar", b"not a tar at all " * 60, "cannot be read"),
+        ("x.jsonl", b"[1, 2]", "the first line is no JSON object"),
+        ("x.jsonl", b'{\n "cif": "data_a"\n}', "the first line is no JSON object"),
+        ("x.json", b" \n", "holds no structures"),
+        ("x.extxyz", b"two\n\n", "line 1 should be the number of atoms"),
+        ("x.parquet", b"PAR1 and no more", "cannot be read"),
+        ("x.pkl.gz", b"..", "refused as a pickle"),
         ("x.docx", b"PK", "unknown kind of file"),
     ],
 )
@@ -142,6 +145,99 @@ def test_a_truncated_gzip_ends_with_an_error_after_its_good_rows(tmp_path: Path)
     assert next(records).id == "0"
     with pytest.raises(DataError, match="check that it is whole"):
         list(records)
+
+
+KINDS = ("cif", "csv", "zip", "tar", "jsonl", "extxyz", "parquet", "pickle")
+COMPRESSED = {"cif", "csv", "tar", "jsonl", "extxyz", "pickle"}
+
+
+def _content(kind: str, text: str) -> bytes:
+    """One crystal, `mp-1`, in each kind of file."""
+    stream = io.BytesIO()
+    if kind == "csv":
+        return _csv_text([["material_id", "cif"], ["mp-1", text]]).encode()
+    if kind == "zip":
+        with zipfile.ZipFile(stream, "w") as packed:
+            packed.writestr("mp-1.cif", text)
+    elif kind == "tar":
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            info = tarfile.TarInfo("mp-1.cif")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    elif kind == "jsonl":
+        return json.dumps({"material_id": "mp-1", "cif": text}).encode() + b"\n"
+    elif kind == "extxyz":
+        return b'1\nLattice="3 0 0 0 3 0 0 0 3" Properties=species:S:1:pos:R:3 material_id=mp-1\nPo 0 0 0\n'
+    elif kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.table({"material_id": ["mp-1"], "cif": [text]}), stream)
+    elif kind == "pickle":
+        return pickle.dumps([("mp-1", text)])
+    else:
+        return text.encode()
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_told_by_its_content(tmp_path: Path, fixtures: Path, kind: str) -> None:
+    content = _content(kind, (fixtures / "data" / "rocksalt.cif").read_text())
+    packers = [bytes, gzip.compress, lzma.compress] if kind in COMPRESSED else [bytes]
+    for number, pack in enumerate(packers):
+        path = tmp_path / f"structures{number}.dat"
+        path.write_bytes(pack(content))
+        assert recognise(path) == kind
+        counts: list[int] = []
+        (record,) = read_records(path, counts.append)
+        assert record.problem is None
+        assert record.id == ("structures" + str(number) + ".dat" if kind == "cif" else "mp-1")
+        assert record.form == ("extxyz" if kind == "extxyz" else "cif")
+        assert sum(counts) == input_bytes(path) == path.stat().st_size
+        assert min(counts) > 0
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"cif"}))
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, kind: str) -> None:
+    text = "data_x\n" + "".join(f"# {i * 7919}\n" for i in range(3000))
+    content = _content(kind, text)
+    packers = [bytes, gzip.compress, lzma.compress] if kind in COMPRESSED else [bytes]
+    for pack in packers:
+        packed = pack(content)
+        # A table of texts that is cut at a line's end cannot be told from a shorter one.
+        for end in {len(packed) - 1, len(packed) // 2, 20} if pack is not bytes else {len(packed) // 2}:
+            path = tmp_path / f"x.{kind}"
+            path.write_bytes(packed[:end])
+            with pytest.raises(DataError) as caught:
+                list(read_records(path))
+            assert str(path) in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_the_bytes_of_a_folder_add_up(tmp_path: Path) -> None:
+    for name in ("a.cif", "sub/b.cif", "sub/c.cif.gz", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = b"data_x\n" * 100
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    counts: list[int] = []
+    assert [r.id for r in read_records(tmp_path, counts.append)] == ["a", "sub/b", "sub/c"]
+    assert sum(counts) == input_bytes(tmp_path) > 1400
+    with pytest.raises(DataError, match="no file or folder"):
+        input_bytes(tmp_path / "nowhere")
+
+
+def test_ids_need_not_be_unique(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(_csv_text([["id", "cif"], ["a", "data_a"], ["a", "data_b"], ["", "data_c"]]))
+    assert [r.id for r in read_records(path)] == ["a", "a", "3"]
+
+
+def test_a_quote_that_is_never_closed_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LARGEST_TEXT", 2000)
+    path = tmp_path / "x.csv"
+    path.write_text('id,cif\n1,data_a\n2,"data_b\n' + "more,of,it\n" * 2000)
+    with pytest.raises(DataError, match="check its quotes"):
+        list(read_records(path))
 
 
 def test_missing_file_and_empty_folder(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """The token store: what is written is read again, and nothing half-written or foreign is taken for one."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.data import TokenStore, store, writer
+from crystallm_jax.data import TokenStore, store
 from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import DataError
 
@@ -22,10 +23,11 @@ def _write(folder: Path, texts: list[str] = TEXTS, splits: dict[str, list[int]] 
     tokenizer = CIFTokenizer()
     splits = {"train": list(range(len(texts)))} if splits is None else splits
     with StoreWriter(folder) as out:
-        for i, text in enumerate(texts):
-            out.add(f"id-{i}", tokenizer.encode_cif(text))
+        for split, rows in splits.items():
+            for i in rows:
+                out.add(f"id-{i}", tokenizer.encode_cif(texts[i]), split=split)
         out.drop("bad", "parse", "no structure, at all")
-        out.commit({name: np.array(rows) for name, rows in splits.items()}, **EMPTY)
+        out.commit(**EMPTY)
 
 
 def _interrupted(folder: Path) -> None:
@@ -63,8 +65,33 @@ def test_the_stream_is_raw_little_endian(tmp_path: Path) -> None:
     assert (tmp_path / "train.bin").read_bytes() == ids.astype("<u2").tobytes()
 
 
-def test_splits_share_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_COPY_RECORDS", 1)
+def test_under_represented_records_are_marked(tmp_path: Path) -> None:
+    tokenizer = CIFTokenizer()
+    with StoreWriter(tmp_path) as out:
+        for i, text in enumerate(TEXTS):
+            out.add(str(i), tokenizer.encode_cif(text), underrepresented=i != 1)
+        out.commit(**EMPTY)
+    opened = TokenStore.open(tmp_path)
+    assert opened.underrepresented.dtype == np.int64
+    assert opened.underrepresented.tolist() == opened.starts[[0, 2]].tolist()
+    path = tmp_path / "train.underrep.npy"
+    for wrong, message in (
+        (np.array([1]), "rising starts of records"),
+        (opened.starts[[2, 0]], "rising starts of records"),
+        (np.array([len(opened.tokens)]), "rising starts of records"),
+        (np.array([0.0]), "does not hold"),
+        (np.array([[0]]), "does not hold"),
+        (np.empty(0, np.int64), "marks no under-represented records"),
+    ):
+        np.save(path, wrong)
+        with pytest.raises(DataError, match=message):
+            _ = TokenStore.open(tmp_path).underrepresented
+    path.unlink()
+    with pytest.raises(DataError, match=r"under-represented records in 'train'.*--underrepresented"):
+        _ = TokenStore.open(tmp_path).underrepresented
+
+
+def test_splits_share_the_records(tmp_path: Path) -> None:
     _write(tmp_path, splits={"train": [0, 2], "val": [1]})
     train, val = TokenStore.open(tmp_path), TokenStore.open(tmp_path, "val")
     assert [train.text(0), train.text(1), val.text(0)] == [TEXTS[0], TEXTS[2], TEXTS[1]]
@@ -107,10 +134,10 @@ def test_files_that_prepare_did_not_write_are_not_replaced(tmp_path: Path) -> No
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_flush", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match=r"cannot be written \(No space left on device") as caught:
         _write(tmp_path / "out")
     assert "\n" not in str(caught.value)

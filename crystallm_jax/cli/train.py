@@ -80,10 +80,13 @@ def _quiet_orbax() -> None:
 
 def _prepare_embedded(out_dir: Path) -> Path:
     """Prepare the corpus in the package into a run folder, unless it is there already."""
-    from crystallm_jax.data.prepare import prepare  # noqa: PLC0415 - pymatgen is needed for this alone
+    # Here, not above: pymatgen is needed for this alone.
+    from crystallm_jax.data.prepare import prepare  # noqa: PLC0415
+    from crystallm_jax.data.selection import Selection  # noqa: PLC0415
+    from crystallm_jax.data.splits import Split  # noqa: PLC0415
 
     folder = out_dir / "dataset"
     if not (folder / "meta.json").is_file():
-        report = prepare([EMBEDDED], folder, split=_EMBEDDED_SPLIT)
+        report = prepare([EMBEDDED], folder, selection=Selection(split=Split(*_EMBEDDED_SPLIT)))
         print(f"embedded corpus: {report.n_kept:,} crystals, {report.n_tokens:,} tokens in {folder}")  # noqa: T201
     return folder

@@ -1,18 +1,27 @@
 """One record through preparation: CIF text → structure → symmetrised text → standardised text → tokens."""
 
+import dataclasses
+import functools
+import math
 import os
 import re
 import warnings
 from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text, symmetrized_cif
+from crystallm_jax.cif.formula import parse_formula
 from crystallm_jax.data.record import Record
-from crystallm_jax.data.structures import parse_structure
-from crystallm_jax.errors import CIFError
+from crystallm_jax.errors import CIFError, ConfigError
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+Stage: TypeAlias = Literal["symmetrise", "preprocess", "tokenise"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""The stages that a record goes through, in their order."""
 
 # What pymatgen, spglib and NumPy raise on texts that are wrong; anything else is a defect and ends the run.
 _FAILURES = (
@@ -28,7 +37,7 @@ _FAILURES = (
     ValueError,
 )
 _PREPARED = re.compile(r"^\s*_atom_type_symbol\s*\n\s*_atom_type_electronegativity\b", re.MULTILINE)
-_FORMULA = re.compile(r"_chemical_formula_sum\s+(?:'([^'\n]+)'|(\S+))")
+_FORMULA = re.compile(r"_chemical_formula_sum\s+(?:'([^'\n]+)'|([^\s';]+))")
 _SPACEGROUP = re.compile(r"_symmetry_space_group_name_H-M\s+(?:'([^'\n]+)'|(\S+))")
 _VOLUME = re.compile(r"_cell_volume\s+([\d.]+)")
 _UNITS = re.compile(r"_cell_formula_units_Z\s+(\d+)")
@@ -58,20 +67,61 @@ loop_
 """
 
 
-class Options(NamedTuple):
-    """What the text of a record depends on; `dedup` asks for the key by which duplicates are found."""
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What becomes of each record.
 
-    symprec: float
-    decimal_places: int
-    dedup: bool
+    Attributes:
+        stages: those to go through, neighbours in `STAGES`; none passes texts on as they are. A text that already
+            has the property block of the dialect passes `symmetrise` and `preprocess` unchanged.
+        symprec: tolerance in Å within which symmetry is found.
+        decimal_places: of the numbers in the text.
+        oxidation_states: whether the property block has a column of them (the published `--oxi`).
+    """
+
+    stages: tuple[Stage, ...] = STAGES
+    symprec: float = 0.1
+    decimal_places: int = 4
+    oxidation_states: bool = False
+
+    def __post_init__(self) -> None:
+        wanted = tuple(self.stages)
+        if wanted not in [STAGES[i:j] for i in range(4) for j in range(i, 4)]:
+            raise ConfigError(
+                f"stages {','.join(wanted)}: give neighbours of {','.join(STAGES)}, in this order, or none"
+            )
+        if not 0 < self.symprec <= 1:
+            raise ConfigError(
+                f"symprec is {self.symprec}, a length in Å: give one above 0 and at most 1, such as 0.1"
+            )
+        if not 1 <= self.decimal_places <= 12:
+            raise ConfigError(f"{self.decimal_places} decimal places: give 1 to 12, such as 4")
+        if self.oxidation_states and "preprocess" not in wanted:
+            raise ConfigError(
+                "oxidation states are written by the stage preprocess: add it, or leave them out"
+            )
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether tokens come out; otherwise texts."""
+        return "tokenise" in self.stages
+
+
+class Key(NamedTuple):
+    """What sets of records are compared by: cell formula, space group, reduced formula, units, volume (Å³)."""
+
+    formula: str
+    spacegroup: str
+    reduced: str
+    units: int
+    volume: float
 
 
 class Prepared(NamedTuple):
-    """A record that is kept: `tokens` uint16 [T]; for deduplication its key and volume (Å³) a unit."""
+    """A record that is kept: its tokens (little-endian uint16) or its text (UTF-8), and its key if it states one."""
 
-    tokens: np.ndarray
-    key: tuple[str, str] | None
-    volume: float
+    payload: bytes
+    key: Key | None
 
 
 class Dropped(NamedTuple):
@@ -81,48 +131,67 @@ class Dropped(NamedTuple):
     reason: str
 
 
-def prepare_one(record: Record, options: Options) -> Prepared | Dropped:
-    """Prepare one record; never raises for what is wrong with the record.
+Outcome: TypeAlias = Prepared | Dropped
 
-    A text that has the property block of the dialect is taken as it stands, only stripped and tokenised.
-    """
+
+def prepare_one(record: Record, recipe: Recipe) -> Outcome:
+    """Prepare one record; never raises for what is wrong with the record."""
     if record.problem is not None:
         return Dropped("read", record.problem)
     stage = "parse"
     try:
-        if _PREPARED.search(record.text):
-            text = preprocessed = record.text
-        else:
-            structure = parse_structure(record.text)
+        text = record.text
+        ready = record.form == "cif" and _PREPARED.search(text) is not None
+        _check_form(record, recipe, ready=ready)
+        if "symmetrise" in recipe.stages and not ready:
+            structure = _structure(record)
             stage = "symmetrise"
-            text = symmetrized_cif(structure, options.symprec)
+            text = symmetrized_cif(structure, recipe.symprec)
+        key = _key(text)
+        if "preprocess" in recipe.stages and not ready:
             stage = "preprocess"
-            preprocessed = preprocess_cif(text, decimal_places=options.decimal_places)
+            text = preprocess_cif(
+                text, decimal_places=recipe.decimal_places, oxidation_states=recipe.oxidation_states
+            )
+        if not recipe.gives_tokens:
+            return Prepared(text.encode(), key)
         stage = "tokenise"
-        tokens = _encode(stream_text(preprocessed))
-        stage = "dedup"
-        key, volume = _duplicate_key(text) if options.dedup else (None, 0.0)
+        return Prepared(_encode(stream_text(text)).astype("<u2").tobytes(), key)
     except _FAILURES as error:
         name = "" if isinstance(error, CIFError) else f"{type(error).__name__}: "
         return Dropped(stage, name + (" ".join(str(error).split()) or "no reason given"))
-    return Prepared(tokens, key, volume)
 
 
-def prepare_batch(records: Sequence[Record], options: Options) -> list[Prepared | Dropped]:
+def prepare_batch(records: Sequence[Record], recipe: Recipe) -> list[Outcome]:
     """Prepare some records, in their order."""
-    return [prepare_one(record, options) for record in records]
+    return [prepare_one(record, recipe) for record in records]
 
 
 def warm_up() -> None:
     """Start a worker: load what the first record would otherwise pay for out of its time, and keep quiet."""
     warnings.simplefilter("ignore")
-    os.environ.setdefault(
-        "SPGLIB_WARNING", "OFF"
-    )  # else its C code writes a line for each tolerance it tries
-    prepare_one(Record("warm-up", _WARM_UP), Options(0.1, 4, dedup=False))
+    # Its C code would write a line for each tolerance that it tries.
+    os.environ.setdefault("SPGLIB_WARNING", "OFF")
+    prepare_one(Record("warm-up", _WARM_UP), Recipe())
 
 
-@cache
+def _check_form(record: Record, recipe: Recipe, *, ready: bool) -> None:
+    """Refuse a record that the first stage cannot begin with."""
+    if record.form != "cif" and "symmetrise" not in recipe.stages:
+        raise CIFError("it is a structure and no CIF text: begin with the stage symmetrise")
+    if recipe.stages == ("symmetrise",) and ready:
+        raise CIFError("its text is preprocessed already, with the operations cut: begin with tokenise")
+    if recipe.stages == ("tokenise",) and not ready:
+        raise CIFError("its text is not preprocessed (it has no property block): begin with preprocess")
+
+
+def _structure(record: Record) -> "Structure":
+    from crystallm_jax.data.frames import structure_of  # noqa: PLC0415  pymatgen, for this stage alone
+
+    return structure_of(record)
+
+
+@functools.cache
 def _tokenizer() -> CIFTokenizer:
     return CIFTokenizer()
 
@@ -148,17 +217,17 @@ def _encode(text: str) -> np.ndarray:
     return tokens
 
 
-def _duplicate_key(text: str) -> tuple[tuple[str, str], float]:
-    """(cell formula, space group) and the volume a formula unit, as stated in the text."""
+def _key(text: str) -> Key | None:
+    """The key that a text states; None where a part of it is missing."""
     found = [pattern.search(text) for pattern in (_FORMULA, _SPACEGROUP, _VOLUME, _UNITS)]
-    names = (
-        "_chemical_formula_sum",
-        "_symmetry_space_group_name_H-M",
-        "_cell_volume",
-        "_cell_formula_units_Z",
-    )
-    missing = [name for name, match in zip(names, found, strict=True) if match is None]
-    if missing:
-        raise CIFError(f"the text has no {missing[0]}, by which duplicates are found: leave out --dedup")
+    if not all(found):
+        return None
     formula, spacegroup, volume, units = (next(filter(None, match.groups())) for match in found if match)
-    return (formula, spacegroup), float(volume) / max(int(units), 1)
+    try:
+        counts = parse_formula(formula)
+        size = float(volume)
+    except (CIFError, ValueError):  # the stages say so; a text that passes through unread has no key
+        return None
+    common = math.gcd(*counts.values())
+    reduced = "".join(f"{symbol}{counts[symbol] // common}" for symbol in sorted(counts))
+    return Key("".join(formula.split()), spacegroup, reduced, int(units), size)

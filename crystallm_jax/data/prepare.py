@@ -1,52 +1,78 @@
-"""Preparation of a corpus: records from files, through worker processes, into a token store.
+"""Preparation of a corpus: records from files, through workers, into a token store or a folder of texts.
 
-The order of the store is the order of the input, whatever the number of workers, and every record that came
-in is either kept or listed in `dropped.csv`.
+Every record that came in is either kept or listed in `dropped.csv`. The same inputs and seed give the same bytes,
+whatever the number of workers. What is done is kept in the work folder `OUT/.prepare`, so that a run that was killed
+goes on there; it is removed at the end.
 """
 
-import contextlib
 import dataclasses
 import itertools
+import json
+import logging
 import platform
 import re
-import sys
 import time
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-from pebble import ProcessPool
-from tqdm import tqdm
 
 from crystallm_jax import __version__
-from crystallm_jax.data.corpus import EMBEDDED, corpus_path
-from crystallm_jax.data.pipeline import Dropped, Options, Prepared, prepare_batch, prepare_one, warm_up
-from crystallm_jax.data.readers import read_records, unique_ids
-from crystallm_jax.data.record import Record
-from crystallm_jax.data.store import SPLITS, SplitHeader
-from crystallm_jax.data.writer import StoreWriter
-from crystallm_jax.errors import DataError
-from crystallm_jax.processes import SPAWN, terminate_as_interrupt, usable_cores
+from crystallm_jax.data import executors
+from crystallm_jax.data.catalogue import Catalogue, Row
+from crystallm_jax.data.executors import Execution
+from crystallm_jax.data.inputs import Inputs
+from crystallm_jax.data.marks import read_pairs
+from crystallm_jax.data.pipeline import Dropped, Recipe
+from crystallm_jax.data.progress import Progress
+from crystallm_jax.data.selection import (
+    Drop,
+    Selection,
+    count_drops,
+    count_references,
+    dropped,
+    mark,
+    select,
+    selected,
+    unusable_references,
+)
+from crystallm_jax.data.store import SplitHeader, StoreHeader
+from crystallm_jax.data.writer import StoreWriter, TextWriter, refuse_foreign
+from crystallm_jax.errors import ConfigError, DataError
+from crystallm_jax.processes import terminate_as_interrupt
 
-PUBLISHED_SPLIT = (0.10, 0.0045)
-PUBLISHED_SEED = 20230610
+WORK_FOLDER = ".prepare"
 
 _BATCH = 16
-_IN_FLIGHT = 4
-_Outcomes: TypeAlias = Generator[tuple[Record, Prepared | Dropped], None, None]
+_COMMIT_RECORDS = 1024
+_COMMIT_SECONDS = 10.0
+_CATALOGUE_FORMAT = 1
 _PACKAGES = ("numpy", "pymatgen", "spglib")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareReport:
     """What became of the input: `n_input` = `n_kept` + `n_dropped`.
 
-    `reasons` counts drops by (stage, reason); those that differ only in numbers and names go under the first.
+    Attributes:
+        out_dir: the folder that was written.
+        n_input: records read, without those of the set to exclude.
+        n_kept: records written.
+        n_dropped: records in `dropped.csv`.
+        splits: the header of each split of a token store.
+        texts: records of each split, where texts were written and no tokens.
+        reasons: drops by (stage, reason); those that differ only in numbers and names count under the first.
+        n_excluding: records of the set to exclude.
+        unusable: those of them that could not be read, so that nothing is excluded by them.
+        n_underrepresented: records marked as under-represented.
+        resumed_at: records that an earlier run had done.
+        seconds: of this run.
     """
 
     out_dir: Path
@@ -54,7 +80,12 @@ class PrepareReport:
     n_kept: int
     n_dropped: int
     splits: Mapping[str, SplitHeader]
+    texts: Mapping[str, int]
     reasons: Mapping[tuple[str, str], int]
+    n_excluding: int
+    unusable: tuple[Drop, ...]
+    n_underrepresented: int
+    resumed_at: int
     seconds: float
 
     @property
@@ -63,34 +94,187 @@ class PrepareReport:
         return sum(split.tokens for split in self.splits.values())
 
 
-class _Kept(NamedTuple):
-    """What is remembered of a record that is kept: `place` is its number in the input."""
+def prepare(
+    inputs: Sequence[str | Path],
+    out_dir: str | Path,
+    *,
+    val_inputs: Sequence[str | Path] = (),
+    test_inputs: Sequence[str | Path] = (),
+    exclude_inputs: Sequence[str | Path] = (),
+    underrepresented: str | Path | None = None,
+    recipe: Recipe = Recipe(),  # noqa: B008  frozen
+    selection: Selection = Selection(),  # noqa: B008  frozen
+    execution: Execution = Execution(),  # noqa: B008  frozen
+    progress: bool = True,
+) -> PrepareReport:
+    """Turn crystal structures into a prepared folder; called again after a kill, it goes on where it was.
 
-    key: tuple[str, str] | None
-    volume: float
-    place: int
+    Args:
+        inputs: what `read_records` reads, and token archives, in this order; `embedded` stands for the corpus in the
+            package.
+        out_dir: the folder to write; one that `prepare` wrote before is replaced when all is done.
+        val_inputs: the validation set, where it is a file of its own.
+        test_inputs: the test set, likewise.
+        exclude_inputs: a benchmark, say: its structures are left out of the sets.
+        underrepresented: a file of (cell composition, space group) pairs whose records are marked.
+        recipe: what becomes of each record.
+        selection: which of them stay, and in which set.
+        execution: where and how fast; the result does not depend on it.
+        progress: show it, on a terminal.
 
-
-class _Counted(Iterator[Record]):
-    """Records of several groups of inputs, with ids of their own, counted as they are asked for.
-
-    `ends` holds the count at which each finished group ended.
+    Raises:
+        DataError: an input that cannot be read, nothing that can be kept, a folder that cannot be written.
+        ConfigError: settings that contradict each other.
     """
+    begin = time.perf_counter()
+    out_dir = Path(out_dir)
+    refuse_foreign(out_dir)
+    sources = Inputs((inputs, val_inputs, test_inputs, exclude_inputs))
+    if selection.split is not None and sources.has_sets_apart:
+        raise ConfigError("a split and sets of their own cannot go together: give one of them")
+    # Read now: a wrong one should not end the run after hours.
+    pairs = () if underrepresented is None else tuple(read_pairs(Path(underrepresented)))
+    plan = {
+        "catalogue": _CATALOGUE_FORMAT,
+        "inputs": sources.fingerprint(),
+        "recipe": dataclasses.asdict(recipe),
+        "time_limit": execution.time_limit,
+        "versions": _versions(),
+    }
+    with terminate_as_interrupt(), Catalogue(out_dir / WORK_FOLDER, plan) as catalogue:
+        resumed_at = _announced(catalogue)
+        with closing(Progress(sources.bytes(), shown=progress)) as bar:
+            _fill(catalogue, sources, recipe, execution, bar)
+        connection = catalogue.connection
+        sets = select(connection, selection)
+        marked = mark(connection, sets, pairs, below=selection.underrepresented_below)
+        counts = _counts(catalogue, sets)
+        options = {
+            **_as_json(recipe),
+            **_as_json(selection),
+            "time_limit": execution.time_limit,
+            "exclude": [str(path) for path in exclude_inputs],
+            "underrepresented": None if underrepresented is None else str(underrepresented),
+        }
+        written = _write(catalogue, sets, recipe, _Description(sources.names, options, counts._asdict()))
+        return PrepareReport(
+            out_dir,
+            n_input=counts.input,
+            n_kept=counts.kept,
+            n_dropped=counts.dropped,
+            splits=written.splits,
+            texts=written.texts,
+            reasons=written.reasons,
+            n_excluding=counts.excluding,
+            unusable=tuple(unusable_references(connection)),
+            n_underrepresented=marked,
+            resumed_at=resumed_at,
+            seconds=time.perf_counter() - begin,
+        )
 
-    def __init__(self, groups: Sequence[Sequence[str | Path]]) -> None:
-        self.count = 0
-        self.ends: list[int] = []
-        self._records = unique_ids(itertools.chain.from_iterable(self._read(group) for group in groups))
 
-    def __next__(self) -> Record:
-        record = next(self._records)
-        self.count += 1
-        return record
+class _Counts(NamedTuple):
+    """`input` = `kept` + `dropped`; `excluding` are the records of the set to exclude."""
 
-    def _read(self, group: Sequence[str | Path]) -> Iterator[Record]:
-        for path in group:
-            yield from read_records(_resolve(path))
-        self.ends.append(self.count)
+    input: int
+    kept: int
+    dropped: int
+    excluding: int
+
+
+class _Description(NamedTuple):
+    """What `meta.json` says beside the splits."""
+
+    sources: tuple[str, ...]
+    options: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+
+class _Written(NamedTuple):
+    splits: Mapping[str, SplitHeader]
+    texts: Mapping[str, int]
+    reasons: Mapping[tuple[str, str], int]
+
+
+def _announced(catalogue: Catalogue) -> int:
+    """How many records are done already, said in a line."""
+    place = len(catalogue)
+    if catalogue.begun_anew:
+        logger.info("%s: an unfinished run had other inputs or settings; begun anew", catalogue.folder.parent)
+    elif place:
+        logger.info("%s: %s records are done already; going on", catalogue.folder.parent, f"{place:,}")
+    return place
+
+
+def _fill(
+    catalogue: Catalogue, sources: Inputs, recipe: Recipe, execution: Execution, progress: Progress
+) -> None:
+    """Prepare every record that the catalogue does not hold yet."""
+    place = len(catalogue)
+    records = sources.records(progress.add_bytes)
+    skipped = sum(1 for _ in itertools.islice(records, place))
+    if skipped != place:
+        raise AssertionError(f"the inputs gave {skipped} records, {place} are done")
+    progress.begin(place)
+    rows: list[Row] = []
+    since = time.monotonic()
+    batches = iter(lambda: tuple(itertools.islice(records, _BATCH)), ())
+    with closing(executors.run(batches, recipe, execution)) as results:
+        for batch, outcomes in results:
+            for record, outcome in zip(batch, outcomes, strict=True):
+                rows.append(Row(sources.part(place + len(rows)), _one_word(record.id), outcome))
+            progress.add_records(len(batch), sum(isinstance(outcome, Dropped) for outcome in outcomes))
+            if len(rows) >= _COMMIT_RECORDS or time.monotonic() - since > _COMMIT_SECONDS:
+                catalogue.append(rows)
+                place, rows, since = place + len(rows), [], time.monotonic()
+    catalogue.append(rows)
+
+
+def _counts(catalogue: Catalogue, sets: Mapping[str, np.ndarray]) -> _Counts:
+    """Every record that came in is kept or dropped, and some are kept.
+
+    Raises:
+        DataError: none is kept; the work folder goes, since nothing in it can be used.
+    """
+    excluding = count_references(catalogue.connection)
+    n_input = len(catalogue) - excluding
+    kept, lost = sum(map(len, sets.values())), count_drops(catalogue.connection)
+    if kept + lost != n_input:
+        raise AssertionError(f"{n_input} came in, {kept} + {lost} are accounted for")
+    if not kept:
+        reasons = _Reasons()
+        for drop in dropped(catalogue.connection):
+            reasons.add(drop)
+        catalogue.remove()
+        if not n_input:
+            raise DataError("the inputs hold no records: check them")
+        (stage, reason), count = next(iter(reasons.summary().items()))
+        raise DataError(
+            f"none of {n_input:,} records can be kept; most often ({count:,}), at '{stage}': {reason}"
+        )
+    return _Counts(n_input, kept, lost, excluding)
+
+
+def _write(
+    catalogue: Catalogue, sets: Mapping[str, np.ndarray], recipe: Recipe, description: _Description
+) -> _Written:
+    """Write what is kept, in the order of the sets, and what is not."""
+    reasons = _Reasons()
+    payload = catalogue.payload()
+    out_dir = catalogue.folder.parent
+    writer_type = StoreWriter if recipe.gives_tokens else TextWriter
+    with writer_type(out_dir, catalogue.folder) as writer:
+        for split, rows in sets.items():
+            for record in selected(catalogue.connection, rows):
+                data = payload[record.offset : record.offset + record.length].tobytes()
+                writer.add_payload(record.id, data, split=split, underrepresented=record.underrepresented)
+        for drop in dropped(catalogue.connection):
+            writer.drop(*drop)
+            reasons.add(drop)
+        result = writer.commit(**description._asdict(), versions=_versions())
+    if isinstance(result, StoreHeader):
+        return _Written(result.splits, {}, reasons.summary())
+    return _Written({}, result, reasons.summary())
 
 
 class _Reasons:
@@ -100,247 +284,22 @@ class _Reasons:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._first: dict[tuple[str, str], str] = {}
 
-    def add(self, stage: str, reason: str) -> None:
-        kind = (stage, re.sub(r"'[^']*'|\([^)]*\)|\d[\d.,]*", "*", reason))
+    def add(self, drop: Drop) -> None:
+        kind = (drop.stage, re.sub(r"'[^']*'|\([^)]*\)|\d[\d.,]*", "*", drop.reason))
         self._counts[kind] += 1
-        self._first.setdefault(kind, reason)
+        self._first.setdefault(kind, drop.reason)
 
     def summary(self) -> dict[tuple[str, str], int]:
         return {(kind[0], self._first[kind]): count for kind, count in self._counts.most_common()}
 
 
-def _resolve(path: str | Path) -> Path:
-    """The file of an input; `embedded` is the corpus in the package."""
-    return corpus_path() if str(path) == EMBEDDED and not Path(path).exists() else Path(path)
+def _one_word(name: str) -> str:
+    return "_".join(name.split()) or "unnamed"
 
 
-def prepare(
-    inputs: Sequence[str | Path],
-    out_dir: str | Path,
-    *,
-    val_inputs: Sequence[str | Path] = (),
-    test_inputs: Sequence[str | Path] = (),
-    workers: int | None = None,
-    symprec: float = 0.1,
-    decimal_places: int = 4,
-    dedup: bool = False,
-    split: tuple[float, float] | None = None,
-    seed: int = PUBLISHED_SEED,
-    time_limit: float = 60.0,
-    progress: bool = True,
-) -> PrepareReport:
-    """Turn crystal structures into a prepared folder.
-
-    Args:
-        inputs: what `read_records` reads, in this order; `embedded` stands for the corpus in the package.
-        out_dir: the folder to write; one that `prepare` wrote before is replaced when all is done.
-        val_inputs: the validation set, where it is a file of its own.
-        test_inputs: the test set, likewise.
-        workers: processes; None for one a core, 0 for none (then there is no time limit either). Workers are
-            spawned, so a script must call this under `if __name__ == "__main__":`.
-        symprec: tolerance in Å within which symmetry is found.
-        decimal_places: of the numbers in the text.
-        dedup: of the records with the same cell formula and space group keep the one with the lowest volume a
-            formula unit, the first of equals.
-        split: fractions for validation and test. As published, test is taken first and validation is the
-            fraction of what is left; both are rounded up.
-        seed: of the split, which is that of the published script on the same records in the same order.
-        time_limit: seconds that one structure may take.
-        progress: show it, on a terminal.
-
-    Raises:
-        DataError: an input that cannot be read, nothing that can be kept, a folder that cannot be written.
-    """
-    begin = time.perf_counter()
-    _check_options(symprec=symprec, decimal_places=decimal_places, split=split, time_limit=time_limit)
-    groups = (tuple(inputs), tuple(val_inputs), tuple(test_inputs))
-    if split is not None and any(groups[1:]):
-        raise DataError("a split by fractions and sets of their own cannot go together: give one of them")
-    records = _Counted(groups)
-    options, reasons = Options(symprec, decimal_places, dedup), _Reasons()
-    with terminate_as_interrupt(), StoreWriter(out_dir) as writer:
-        with contextlib.closing(_outcomes(records, options, workers, time_limit)) as outcomes:
-            rows = _collect(outcomes, writer, reasons, progress=progress)
-        kept = _lowest_volumes(rows, writer, reasons) if dedup else np.arange(len(writer))
-        _check_counts(records.count, len(kept), writer.n_dropped, reasons)
-        header = writer.commit(
-            split_rows(kept, split, seed=seed) if split else _given_sets(kept, rows, records.ends),
-            sources=tuple(str(path) for group in groups for path in group),
-            options={**options._asdict(), "split": split, "seed": seed, "time_limit": time_limit},
-            counts={"input": records.count, "kept": len(kept), "dropped": writer.n_dropped},
-            versions=_versions(),
-        )
-    counts = records.count, len(kept), writer.n_dropped
-    return PrepareReport(
-        Path(out_dir), *counts, header.splits, reasons.summary(), time.perf_counter() - begin
-    )
-
-
-def _check_counts(n_input: int, n_kept: int, n_dropped: int, reasons: _Reasons) -> None:
-    """Every record that came in is kept or dropped, and some are kept."""
-    if n_kept + n_dropped != n_input:
-        raise AssertionError(f"{n_input} came in, {n_kept} + {n_dropped} are accounted for")
-    if not n_kept:
-        raise DataError(_nothing_left(n_input, reasons))
-
-
-def split_rows(rows: np.ndarray, fractions: tuple[float, float], *, seed: int) -> dict[str, np.ndarray]:
-    """Divide rows [N] into train, val and test, each rising, as the published script divides records.
-
-    Args:
-        rows: numbers of records.
-        fractions: for validation (of what test leaves) and for test.
-        seed: of NumPy's legacy generator, which the published script uses through scikit-learn.
-
-    Raises:
-        DataError: too few rows for one in each split.
-    """
-    val, test = fractions
-    rest, test_rows = _hold_out(rows, test, seed=seed)
-    train_rows, val_rows = _hold_out(rest, val, seed=seed)
-    splits = {"train": train_rows, "val": val_rows, "test": test_rows}
-    if any(not len(part) for part in splits.values()):
-        sizes = ", ".join(f"{name} {len(part)}" for name, part in splits.items())
-        raise DataError(
-            f"{len(rows)} records cannot be split by {val},{test} ({sizes}): give more or leave out --split"
-        )
-    return {name: np.sort(part) for name, part in splits.items()}
-
-
-def _given_sets(kept: np.ndarray, rows: Sequence[_Kept], ends: Sequence[int]) -> dict[str, np.ndarray]:
-    """Rows by the group of inputs that they came from; a group without inputs makes no set."""
-    places = np.array([rows[row].place for row in kept])
-    group = np.searchsorted(ends, places, side="right")
-    sets = {name: kept[group == number] for number, name in enumerate(SPLITS)}
-    sizes = dict(zip(SPLITS, np.diff([0, *ends]), strict=True))
-    for name, size in sizes.items():
-        if size and not len(sets[name]):
-            raise DataError(f"none of the {size} records of the {name} set can be kept: see its inputs")
-    return {name: part for name, part in sets.items() if len(part)}
-
-
-def _hold_out(rows: np.ndarray, fraction: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(the rest, the part held out), both shuffled."""
-    order = np.random.RandomState(seed).permutation(len(rows))
-    n_out = int(np.ceil(fraction * len(rows)))
-    return rows[order[n_out:]], rows[order[:n_out]]
-
-
-def _check_options(
-    *, symprec: float, decimal_places: int, split: tuple[float, float] | None, time_limit: float
-) -> None:
-    if not 0 < symprec <= 1:
-        raise DataError(f"symprec is {symprec}, a length in Å: give one above 0 and at most 1, such as 0.1")
-    if not 1 <= decimal_places <= 12:
-        raise DataError(f"{decimal_places} decimal places: give 1 to 12, such as 4")
-    if not time_limit > 0:
-        raise DataError(f"a time limit of {time_limit} s: give one above 0, such as 60")
-    if split is not None and not all(0 < fraction < 1 for fraction in split):
-        raise DataError(
-            f"split {split[0]},{split[1]}: give two fractions between 0 and 1, such as 0.1,0.0045"
-        )
-
-
-def _collect(
-    outcomes: Iterable[tuple[Record, Prepared | Dropped]],
-    writer: StoreWriter,
-    reasons: _Reasons,
-    *,
-    progress: bool,
-) -> list[_Kept]:
-    """Write what is kept, remember it, and note what is not."""
-    rows = []
-    quiet = not (progress and sys.stderr.isatty())
-    with tqdm(outcomes, desc="prepare", unit=" crystals", disable=quiet, smoothing=0.05) as bar:
-        for place, (record, outcome) in enumerate(bar):
-            if isinstance(outcome, Dropped):
-                writer.drop(record.id, *outcome)
-                reasons.add(*outcome)
-                bar.set_postfix(dropped=writer.n_dropped, refresh=False)
-            else:
-                writer.add(record.id, outcome.tokens)
-                rows.append(_Kept(outcome.key, outcome.volume, place))
-    return rows
-
-
-def _lowest_volumes(rows: Sequence[_Kept], writer: StoreWriter, reasons: _Reasons) -> np.ndarray:
-    """Rows that stay when of each key only the lowest volume does; the others are noted as dropped."""
-    best: dict[tuple[str, str] | None, int] = {}
-    for row, kept in enumerate(rows):
-        if kept.key not in best or kept.volume < rows[best[kept.key]].volume:
-            best[kept.key] = row
-    for row, kept in enumerate(rows):
-        if best[kept.key] != row:
-            outcome = Dropped("dedup", f"same cell formula and space group as '{writer.ids[best[kept.key]]}'")
-            writer.drop(writer.ids[row], *outcome)
-            reasons.add(*outcome)
-    return np.array(sorted(best.values()), dtype=np.int64)
-
-
-def _outcomes(
-    records: Iterator[Record], options: Options, workers: int | None, time_limit: float
-) -> _Outcomes:
-    if workers == 0:
-        return ((record, prepare_one(record, options)) for record in records)
-    return _in_workers(records, options, usable_cores() if workers is None else workers, time_limit)
-
-
-def _in_workers(records: Iterator[Record], options: Options, workers: int, time_limit: float) -> _Outcomes:
-    """Outcomes in the order of the records; at most a few batches a worker are in memory.
-
-    A batch has the time of one structure. One that takes longer, or whose worker dies, is done again one by
-    one, so that only the culprit is dropped.
-    """
-    pool = ProcessPool(max_workers=workers, initializer=warm_up, context=SPAWN)
-
-    def submit(batch: Sequence[Record]) -> "Future[Any]":
-        try:
-            return pool.schedule(prepare_batch, args=(batch, options), timeout=time_limit)
-        except RuntimeError as error:  # the pool is broken
-            raise _broken(error) from error
-
-    def settle(batch: Sequence[Record], future: "Future[Any]") -> _Outcomes:
-        error = future.exception()
-        if error is None:
-            yield from zip(batch, future.result(), strict=True)
-        elif isinstance(error, BrokenProcessPool):
-            raise _broken(error) from error
-        elif len(batch) > 1:
-            retries = [(record, submit((record,))) for record in batch]
-            for record, retry in retries:
-                yield from settle((record,), retry)
-        else:
-            yield batch[0], Dropped("limit", _why(error, time_limit))
-
-    pending: deque[tuple[tuple[Record, ...], Future[Any]]] = deque()
-    try:
-        while batch := tuple(itertools.islice(records, _BATCH)):
-            pending.append((batch, submit(batch)))
-            if len(pending) >= _IN_FLIGHT * workers:
-                yield from settle(*pending.popleft())
-        while pending:
-            yield from settle(*pending.popleft())
-    finally:
-        pool.stop()
-        pool.join()
-
-
-def _why(error: BaseException, time_limit: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no result in {time_limit:g} s: raise --time-limit or leave it out"
-    return f"the worker process ended ({type(error).__name__}: {' '.join(str(error).split())}): leave it out"
-
-
-def _broken(error: BaseException) -> DataError:
-    return DataError(
-        f"the worker processes cannot start or were all killed ({error}): give fewer --workers; "
-        "a script calls prepare under 'if __name__ == \"__main__\":'"
-    )
-
-
-def _nothing_left(n_input: int, reasons: _Reasons) -> str:
-    (stage, reason), count = next(iter(reasons.summary().items()))
-    return f"none of {n_input:,} records can be kept; most often ({count:,}), at '{stage}': {reason}"
+def _as_json(settings: Recipe | Selection) -> dict[str, Any]:
+    """Settings as they stand in `meta.json`."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 def _versions() -> dict[str, str]:

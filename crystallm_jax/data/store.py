@@ -1,8 +1,9 @@
 """The token store: a prepared folder, read through a memory map.
 
 A folder holds, for each split, `SPLIT.bin` (token ids, raw little-endian uint16, as published),
-`SPLIT.starts.npy` (int64 offsets at which records start), `SPLIT.ids.txt` (a record id a line), and for all
-of them `meta.json` and `dropped.csv`.
+`SPLIT.starts.npy` (int64 offsets at which records start), `SPLIT.ids.txt` (a record id a line), perhaps
+`SPLIT.underrep.npy` (the starts of under-represented records), and for all of them `meta.json` and
+`dropped.csv`. The published token folders and archives, which have pickles beside the .bin, open as they are.
 """
 
 import dataclasses
@@ -17,6 +18,13 @@ import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.cif.vocabulary import vocabulary_sha256
+from crystallm_jax.data.tokenfiles import (
+    STARTS,
+    UNDERREPRESENTED,
+    check_vocabulary,
+    read_starts,
+    unpacked_folder,
+)
 from crystallm_jax.errors import DataError
 
 FORMAT = 1
@@ -67,13 +75,17 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path, split: str = "train") -> "TokenStore":
-        """Open a split of a prepared folder, or the published `SPLIT.bin` alone.
+        """Open a split of a prepared folder, of a published token folder, or of a published token archive.
+
+        An archive is unpacked once, into a folder beside it.
 
         Raises:
             DataError: no such folder or split, a file that is shorter or longer than the header says, another
-                vocabulary.
+                vocabulary, an archive that is damaged or hostile.
         """
         folder = Path(folder)
+        if folder.is_file():
+            folder = unpacked_folder(folder)
         if not folder.is_dir():
             raise DataError(
                 f"no prepared folder {folder}: make it with 'crystallm prepare INPUT --out {folder}'"
@@ -84,7 +96,9 @@ class TokenStore:
             raise DataError(f"{folder} has no split {split!r} (it has: {there}): prepare it with --split")
         tokens = _map_tokens(path)
         if not (folder / "meta.json").is_file():
-            starts = find_starts(tokens)
+            check_vocabulary(folder)
+            pickled = folder / STARTS.get(split, "")
+            starts = read_starts(pickled, tokens) if pickled.is_file() else find_starts(tokens)
             return cls(folder, split, _bare_header(split, path, tokens=tokens, starts=starts), tokens, starts)
         header = _checked(read_header(folder), folder)
         starts = _checked_starts(folder, split, header=header, n_tokens=len(tokens))
@@ -124,6 +138,28 @@ class TokenStore:
                 f"{path} has {len(ids):,} ids for {len(self):,} records: prepare the folder again"
             )
         return ids
+
+    @cached_property
+    def underrepresented(self) -> np.ndarray:
+        """Offsets at which under-represented records start, int64, rising: some of `starts`.
+
+        Raises:
+            DataError: none are marked, or what is marked are not starts of records.
+        """
+        if self.header.format == 0:
+            path = self.folder / UNDERREPRESENTED
+            marked = read_starts(path, self.tokens) if self.split == "train" and path.is_file() else None
+        else:
+            path = self.folder / f"{self.split}.underrep.npy"
+            marked = _load_offsets(path) if path.is_file() else None
+        if marked is None or not len(marked):
+            raise DataError(
+                f"{self.folder} marks no under-represented records in {self.split!r}: "
+                "prepare it with 'crystallm prepare --underrepresented …'"
+            )
+        if not _ascending(marked, len(self.tokens)) or not _among(marked, self.starts):
+            raise DataError(f"{path} does not hold rising starts of records: prepare the folder again")
+        return marked
 
     @cached_property
     def _tokenizer(self) -> CIFTokenizer:
@@ -241,15 +277,31 @@ def _checked_starts(folder: Path, split: str, *, header: StoreHeader, n_tokens: 
             "truncated or mixed with another; prepare the folder again"
         )
     path = folder / f"{split}.starts.npy"
+    starts = _load_offsets(path)
+    if starts.shape != (expected.records,) or not _ascending(starts, n_tokens):
+        raise DataError(f"{path} does not hold {expected.records:,} rising offsets: prepare the folder again")
+    return starts
+
+
+def _load_offsets(path: Path) -> np.ndarray:
+    """Offsets of a .npy file, int64 [N], memory-mapped."""
     try:
-        starts = np.load(path, mmap_mode="r", allow_pickle=False)
+        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path} cannot be read ({' '.join(str(error).split())}): prepare the folder again"
         ) from error
-    if starts.dtype != np.int64 or starts.shape != (expected.records,) or not _ascending(starts, n_tokens):
-        raise DataError(f"{path} does not hold {expected.records:,} rising offsets: prepare the folder again")
-    return np.asarray(starts)
+    if offsets.dtype != np.int64 or offsets.ndim != 1:
+        raise DataError(
+            f"{path} does not hold rising offsets but {offsets.dtype} {list(offsets.shape)}: prepare again"
+        )
+    return np.asarray(offsets)
+
+
+def _among(some: np.ndarray, starts: np.ndarray) -> bool:
+    """Whether all of some rising offsets are starts of records."""
+    places = np.searchsorted(starts, some)
+    return int(places[-1]) < len(starts) and bool(np.array_equal(starts[places], some))
 
 
 def _ascending(starts: np.ndarray, n_tokens: int) -> bool:

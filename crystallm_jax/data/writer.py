@@ -1,98 +1,99 @@
-"""Writing a prepared folder: every file has a temporary name until all of them are there."""
+"""Writing a prepared folder: tokens (`StoreWriter`) or, where preparation ends before them, texts (`TextWriter`)."""
 
 import array
-import contextlib
 import csv
+import gzip
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self
 
 import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.cif.vocabulary import vocabulary_sha256
+from crystallm_jax.data.staging import Staging, writing
 from crystallm_jax.data.store import FORMAT, SPLITS, TOKEN_DTYPE, SplitHeader, StoreHeader
 from crystallm_jax.errors import DataError
 
-_COPY_RECORDS = 4096
-_PARTS = ("bin", "starts.npy", "ids.txt")
+_TOKEN_PARTS = ("bin", "starts.npy", "underrep.npy", "ids.txt")
+_TEXT_PARTS = ("jsonl.gz",)
+_COMPRESSION = 6
 
 
-class StoreWriter:
-    """Writes one prepared folder; a context manager that leaves nothing behind unless `commit` was reached.
+class _Folder:
+    """What both kinds of folder have: `dropped.csv`, `meta.json`, and none of an earlier run's files."""
 
-    Records are appended to one stream; `commit` says which of them go to which split. Tokens never stay in
-    memory, only offsets and ids do.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, work: Path | None = None) -> None:
         self.folder = Path(folder)
-        self.ids: list[str] = []
-        self.n_dropped = 0
-        self._starts = array.array("q", [0])
-        self._temporary: dict[Path, Path] = {}
-        self._open_files = contextlib.ExitStack()
-        self._digest = hashlib.sha256()
-        self._unk = array.array("q")
-        tokenizer = CIFTokenizer()
-        self._unk_id, self._vocab_size = tokenizer.unk_id, tokenizer.vocab_size
-        _refuse_foreign(self.folder)
-        with self._writing():
-            self._made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._stream = self._open_files.enter_context(self._temporary_name("train.bin").open("wb"))
-            dropped: TextIO = self._open_files.enter_context(
-                self._temporary_name("dropped.csv").open("w", encoding="utf-8", newline="")
-            )
-        self._dropped = csv.writer(dropped, lineterminator="\n")
+        refuse_foreign(self.folder)
+        self._staging = Staging(folder, work)
+        self._written: set[str] = set()
+        self._dropped = csv.writer(self._staging.text("dropped.csv"), lineterminator="\n")
         self._dropped.writerow(("id", "stage", "reason"))
 
-    def __enter__(self) -> "StoreWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # A full disk also fails the last flush; its error is already on its way.
-            self._open_files.close()
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
-        if not (self.folder / "meta.json").exists():
-            for path in self._made:
-                with contextlib.suppress(OSError):  # not empty: someone else put something there
-                    path.rmdir()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def add(self, record_id: str, tokens: np.ndarray) -> None:
-        """Append a record; tokens is [T] of integer ids."""
-        ids = np.asarray(tokens, dtype=TOKEN_DTYPE)
-        data = ids.tobytes()
-        with self._writing():
-            self._stream.write(data)
-        self._digest.update(data)
-        self.ids.append(record_id)
-        self._starts.append(self._starts[-1] + len(ids))
-        self._unk.append(int(np.count_nonzero(ids == self._unk_id)))
+        self._staging.__exit__(kind, error, trace)
 
     def drop(self, record_id: str, stage: str, reason: str) -> None:
         """Note an input that is not kept, with the stage that refused it and why."""
-        self.n_dropped += 1
-        with self._writing():
+        with writing(self.folder):
             self._dropped.writerow((record_id, stage, reason))
+
+    def _publish(self, meta: str) -> None:
+        """Give the files their names, `meta.json` last."""
+        with writing(self.folder):
+            self._staging.text("meta.json").write(meta)
+        ours = [f"{split}.{part}" for split in SPLITS for part in (*_TOKEN_PARTS, *_TEXT_PARTS)]
+        self._staging.publish(remove=tuple(name for name in ours if name not in self._written))
+
+
+class StoreWriter(_Folder):
+    """Writes a token store; a context manager that leaves nothing behind unless `commit` was reached.
+
+    Tokens and ids go to disk at once; of a record 8 bytes stay in memory. Files that are being written lie in `work`,
+    a folder on the same disk, or in the store's own.
+    """
+
+    def __init__(self, folder: str | Path, work: Path | None = None) -> None:
+        super().__init__(folder, work)
+        tokenizer = CIFTokenizer()
+        self._unk_id, self._vocab_size = tokenizer.unk_id, tokenizer.vocab_size
+        self._splits: dict[str, _Split] = {}
+
+    def add(
+        self, record_id: str, tokens: np.ndarray, *, split: str = "train", underrepresented: bool = False
+    ) -> None:
+        """Append a record to a split; tokens is [T] of integer ids.
+
+        Raises:
+            DataError: an id of several lines, or the disk is full.
+        """
+        if "\n" in record_id or "\r" in record_id:
+            raise DataError(f"the id {record_id[:40]!r} has several lines: give one that has one")
+        if split not in self._splits:
+            self._splits[split] = _Split(split, self._staging)
+        with writing(self.folder):
+            self._splits[split].add(record_id, np.asarray(tokens, TOKEN_DTYPE), self._unk_id)
+        if underrepresented:
+            self._splits[split].underrepresented.append(self._splits[split].starts[-1])
+
+    def add_payload(self, record_id: str, payload: bytes, *, split: str, underrepresented: bool) -> None:
+        """Append a record as a catalogue holds it: token ids, little-endian uint16."""
+        tokens = np.frombuffer(payload, TOKEN_DTYPE)
+        self.add(record_id, tokens, split=split, underrepresented=underrepresented)
 
     def commit(
         self,
-        splits: Mapping[str, np.ndarray],
         *,
-        sources: tuple[str, ...],
+        sources: Sequence[str],
         options: Mapping[str, Any],
         counts: Mapping[str, int],
         versions: Mapping[str, str],
@@ -100,7 +101,6 @@ class StoreWriter:
         """Give the files their names, `meta.json` last.
 
         Args:
-            splits: for each split, the numbers of its records, rising, int64 [records].
             sources: the inputs, as the user named them.
             options: what the records depend on.
             counts: how many records came in, stayed and were dropped.
@@ -109,109 +109,121 @@ class StoreWriter:
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
-        with self._writing():
-            self._open_files.close()
-            whole = np.arange(len(self.ids))
-            untouched = list(splits) == ["train"] and np.array_equal(splits["train"], whole)
-            headers = (
-                {"train": self._header(whole, self._digest.hexdigest())}
-                if untouched
-                else self._distribute(splits)
-            )
-            for name, rows in splits.items():
-                self._write_index(name, rows)
-            header = StoreHeader(
-                FORMAT,
-                self._vocab_size,
-                vocabulary_sha256(),
-                headers,
-                sources,
-                options,
-                counts,
-                versions,
-                "crystallm",
-            )
-            self._temporary_name("meta.json").write_text(header.to_json(), encoding="utf-8")
-            self._rename(set(splits))
+        headers = {}
+        for name in (name for name in SPLITS if name in self._splits):
+            split = self._splits[name]
+            headers[name] = split.header()
+            with writing(self.folder):
+                np.save(self._staging.binary(f"{name}.starts.npy"), np.asarray(split.starts))
+                if split.underrepresented:
+                    marks = np.asarray(split.underrepresented)
+                    np.save(self._staging.binary(f"{name}.underrep.npy"), marks)
+                    self._written.add(f"{name}.underrep.npy")
+            self._written |= {f"{name}.bin", f"{name}.ids.txt", f"{name}.starts.npy"}
+        header = StoreHeader(
+            FORMAT,
+            self._vocab_size,
+            vocabulary_sha256(),
+            headers,
+            tuple(sources),
+            options,
+            counts,
+            versions,
+            "crystallm",
+        )
+        self._publish(header.to_json())
         return header
 
-    def _distribute(self, splits: Mapping[str, np.ndarray]) -> dict[str, SplitHeader]:
-        """Copy the stream's records to their splits; the stream itself goes."""
-        source = self.folder / f".stream.tmp-{os.getpid()}"
-        written = next(path for path, final in self._temporary.items() if final.name == "train.bin")
-        written.replace(source)
-        self._temporary = {p: final for p, final in self._temporary.items() if p != written} | {
-            source: source
+
+class TextWriter(_Folder):
+    """Writes texts as `SPLIT.jsonl.gz`, a JSON object with `id` and `cif` a line; a context manager likewise."""
+
+    def __init__(self, folder: str | Path, work: Path | None = None) -> None:
+        super().__init__(folder, work)
+        self._files: dict[str, gzip.GzipFile] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, record_id: str, text: str, *, split: str = "train", underrepresented: bool = False) -> None:
+        """Append a record to a split."""
+        if split not in self._files:
+            name = f"{split}.jsonl.gz"
+            # Neither a name nor a time goes into the file: the same records are the same bytes.
+            stream = self._staging.binary(name)
+            self._files[split] = gzip.GzipFile("", "wb", _COMPRESSION, stream, mtime=0)
+            self._written.add(name)
+        self._counts[split] = self._counts.get(split, 0) + 1
+        mark = {"underrepresented": True} if underrepresented else {}
+        line = json.dumps({"id": record_id, "cif": text, **mark}, ensure_ascii=False) + "\n"
+        with writing(self.folder):
+            self._files[split].write(line.encode())
+
+    def add_payload(self, record_id: str, payload: bytes, *, split: str, underrepresented: bool) -> None:
+        """Append a record as a catalogue holds it: text in UTF-8."""
+        self.add(record_id, payload.decode(), split=split, underrepresented=underrepresented)
+
+    def commit(
+        self,
+        *,
+        sources: Sequence[str],
+        options: Mapping[str, Any],
+        counts: Mapping[str, int],
+        versions: Mapping[str, str],
+    ) -> dict[str, int]:
+        """Give the files their names, `meta.json` last; returns the records of each split.
+
+        Raises:
+            DataError: the disk is full or the folder cannot be written.
+        """
+        with writing(self.folder):
+            for stream in self._files.values():
+                stream.close()
+        meta = {
+            "texts": self._counts,
+            "sources": list(sources),
+            "options": dict(options),
+            "counts": dict(counts),
+            "versions": dict(versions),
+            "created_by": "crystallm",
         }
-        tokens = np.memmap(source, dtype=TOKEN_DTYPE, mode="r")
-        headers = {}
-        for name, rows in splits.items():
-            digest = hashlib.sha256()
-            with self._temporary_name(f"{name}.bin").open("wb") as stream:
-                for begin in range(0, len(rows), _COPY_RECORDS):
-                    piece = rows[begin : begin + _COPY_RECORDS]
-                    data = b"".join(tokens[self._starts[i] : self._starts[i + 1]].tobytes() for i in piece)
-                    stream.write(data)
-                    digest.update(data)
-            headers[name] = self._header(rows, digest.hexdigest())
-        return headers
-
-    def _header(self, rows: np.ndarray, sha256: str) -> SplitHeader:
-        lengths = np.diff(np.asarray(self._starts))[rows]
-        unk = int(np.asarray(self._unk, dtype=np.int64)[rows].sum())
-        return SplitHeader(len(rows), int(lengths.sum()), int(lengths.max(initial=0)), sha256, unk)
-
-    def _write_index(self, split: str, rows: np.ndarray) -> None:
-        lengths = np.diff(np.asarray(self._starts))[rows]
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-        with self._temporary_name(f"{split}.starts.npy").open("wb") as stream:
-            np.save(stream, starts, allow_pickle=False)
-        with self._temporary_name(f"{split}.ids.txt").open("w", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(f"{self.ids[i]}\n" for i in rows)
-
-    def _rename(self, splits: set[str]) -> None:
-        for path, final in self._temporary.items():
-            if path != final:
-                _flush(path)
-        for path, final in self._temporary.items():
-            if path == final:
-                path.unlink()
-            else:
-                path.replace(final)  # meta.json is the last one added
-        self._temporary = {}
-        for name in (n for n in SPLITS if n not in splits):
-            for part in _PARTS:
-                (self.folder / f"{name}.{part}").unlink(missing_ok=True)
-
-    def _temporary_name(self, name: str) -> Path:
-        path = self.folder / f".{name}.tmp-{os.getpid()}"
-        self._temporary[path] = self.folder / name
-        return path
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
-            reason = error.strerror or str(error)
-            raise DataError(
-                f"{self.folder} cannot be written ({reason}; {free >> 20:,} MiB free): give another --out"
-            ) from error
+        self._publish(json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        return {name: self._counts[name] for name in SPLITS if name in self._counts}
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """An earlier prepared folder is replaced, anything else that has our files' names is not."""
+class _Split:
+    """One split of a store that is being written."""
+
+    def __init__(self, name: str, staging: Staging) -> None:
+        self._stream = staging.binary(f"{name}.bin")
+        self._ids = staging.text(f"{name}.ids.txt")
+        self._digest = hashlib.sha256()
+        self._tokens = self._longest = self._unk = 0
+        self.starts = array.array("q")
+        self.underrepresented = array.array("q")
+
+    def add(self, record_id: str, tokens: np.ndarray, unk_id: int) -> None:
+        data = tokens.tobytes()
+        self._stream.write(data)
+        self._digest.update(data)
+        self._ids.write(f"{record_id}\n")
+        self.starts.append(self._tokens)
+        self._tokens += len(tokens)
+        self._longest = max(self._longest, len(tokens))
+        self._unk += int(np.count_nonzero(tokens == unk_id))
+
+    def header(self) -> SplitHeader:
+        return SplitHeader(len(self.starts), self._tokens, self._longest, self._digest.hexdigest(), self._unk)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder with our files' names that `prepare` did not write; one that it wrote is replaced.
+
+    Raises:
+        DataError: such a folder, or a file in its place.
+    """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file: give --out a folder")
-    if not (folder / "meta.json").is_file():
-        present = [name for name in SPLITS if (folder / f"{name}.bin").exists()]
-        if present:
-            raise DataError(
-                f"{folder} already has a {present[0]}.bin that 'prepare' did not write: give another --out"
-            )
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    if (folder / "meta.json").is_file() or not folder.is_dir():
+        return
+    for name in (f"{split}.{part}" for split in SPLITS for part in ("bin", "jsonl.gz")):
+        if (folder / name).exists():
+            raise DataError(f"{folder} already has a {name} that 'prepare' did not write: give another --out")

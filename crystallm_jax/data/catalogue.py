@@ -1,0 +1,172 @@
+"""The catalogue of a preparation under way: what became of each record, on disk, so that a killed run goes on.
+
+A work folder holds `payload.bin`, the tokens or texts of all kept records one after another, and `catalogue.sqlite`,
+a row a record. Both grow by whole batches: the payload is flushed first, the row transaction follows, and what a kill
+leaves behind the last transaction is cut off when the folder is opened again. Memory does not grow with the records.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from crystallm_jax.data.pipeline import Dropped, Outcome
+from crystallm_jax.data.staging import make_folder, remove_empty, writing
+from crystallm_jax.errors import DataError
+
+_CACHE_KIB = 65_536
+_COLUMNS = "place, part, id, stage, reason, offset, length, formula, spacegroup, reduced, units, volume"
+_TABLES = """
+CREATE TABLE IF NOT EXISTS plan (text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS records (
+    place INTEGER PRIMARY KEY,  -- number in the input
+    part INTEGER NOT NULL,      -- which of the groups of inputs it came from
+    id TEXT NOT NULL,
+    stage TEXT, reason TEXT,    -- where and why it was dropped; NULL for a record that is kept
+    offset INTEGER, length INTEGER,  -- of its payload, in bytes
+    formula TEXT, spacegroup TEXT, reduced TEXT, units INTEGER, volume REAL
+);
+"""
+
+
+class Row(NamedTuple):
+    """One record as it came in, and what became of it."""
+
+    part: int
+    id: str
+    outcome: Outcome
+
+
+class Catalogue:
+    """The work folder of one preparation; a context manager.
+
+    Args:
+        folder: made when missing. One that another plan left is begun anew: nothing in it is a user's.
+        plan: all that rows and payload depend on, as JSON can hold it.
+
+    Raises:
+        DataError: another process works in the folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
+        self.folder = folder
+        text = json.dumps(plan, sort_keys=True)
+        with writing(folder.parent):
+            self._made = make_folder(folder)
+            self.connection = self._connect()
+            self.begun_anew = self._plan() not in {None, text}
+            if self.begun_anew:
+                self._close()
+                shutil.rmtree(folder)
+                folder.mkdir()
+                self.connection = self._connect()
+            if self._plan() is None:
+                self.connection.execute("INSERT INTO plan VALUES (?)", (text,))
+                self.connection.commit()
+            for leftover in folder.glob(".*.tmp-*"):  # of a run that was killed while it wrote the result
+                leftover.unlink()
+            self._size = self._scalar("SELECT COALESCE(MAX(offset + length), 0) FROM records")
+            self._payload = (folder / "payload.bin").open("ab")
+            self._payload.truncate(self._size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        empty = len(self) == 0
+        self._close()
+        if kind is None or empty:
+            self.remove()
+
+    def __len__(self) -> int:
+        return self._scalar("SELECT COUNT(*) FROM records")
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add records behind those that are there, all or none of them.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        place, offset = len(self), self._size
+        values, payloads = [], []
+        for row in rows:
+            entry, payload = _entry(place, row, offset)
+            values.append(entry)
+            payloads.append(payload)
+            place, offset = place + 1, offset + len(payload)
+        with writing(self.folder.parent):
+            self._payload.truncate(self._size)  # of what a failed attempt before wrote
+            self._payload.write(b"".join(payloads))
+            self._payload.flush()
+            os.fsync(self._payload.fileno())
+            with _database(self.folder):
+                self.connection.executemany(
+                    f"INSERT INTO records ({_COLUMNS}) VALUES ({','.join('?' * 12)})",  # noqa: S608  ours
+                    values,
+                )
+                self.connection.commit()
+        self._size = offset
+
+    def payload(self) -> np.ndarray:
+        """The payload of all records, uint8 [bytes], memory-mapped."""
+        if not self._size:
+            return np.empty(0, np.uint8)
+        return np.memmap(self.folder / "payload.bin", np.uint8, mode="r", shape=(self._size,))
+
+    def remove(self) -> None:
+        """Remove the folder, and those above it that were made for it and are empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_empty(self._made)
+
+    def _connect(self) -> sqlite3.Connection:
+        with _database(self.folder):
+            connection = sqlite3.connect(self.folder / "catalogue.sqlite", timeout=1.0)
+            # One process at a time, and no shared memory: that works on network file systems too.
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode = TRUNCATE")
+            connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            connection.execute("PRAGMA temp_store = FILE")
+            connection.executescript(_TABLES)
+        return connection
+
+    def _plan(self) -> str | None:
+        row = self.connection.execute("SELECT text FROM plan").fetchone()
+        return None if row is None else str(row[0])
+
+    def _scalar(self, query: str) -> int:
+        return int(self.connection.execute(query).fetchone()[0])
+
+    def _close(self) -> None:
+        self.connection.close()
+        with contextlib.suppress(AttributeError, OSError):  # never opened; a full disk, which is told already
+            self._payload.close()
+
+
+def _entry(place: int, row: Row, offset: int) -> tuple[tuple[Any, ...], bytes]:
+    if isinstance(row.outcome, Dropped):
+        return (place, row.part, row.id, *row.outcome, *(None,) * 7), b""
+    key = row.outcome.key or (None,) * 5
+    return (place, row.part, row.id, None, None, offset, len(row.outcome.payload), *key), row.outcome.payload
+
+
+@contextlib.contextmanager
+def _database(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise DataError(
+                f"another 'prepare' writes to {folder.parent}: wait for it, or give another --out"
+            ) from error
+        raise OSError(f"its catalogue: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"{folder} is damaged ({error}): remove it and begin anew") from error

@@ -1,0 +1,102 @@
+"""The inputs of a preparation: several groups of files, read one after another as one stream of records."""
+
+import bisect
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crystallm_jax.data.corpus import EMBEDDED, corpus_path
+from crystallm_jax.data.published import read_token_records, token_archive_splits
+from crystallm_jax.data.readers import input_bytes, read_records
+from crystallm_jax.data.record import Record
+from crystallm_jax.data.store import SPLITS
+from crystallm_jax.errors import DataError
+
+
+class _Source(NamedTuple):
+    path: Path
+    split: str | None  # of a token archive; None for any other input
+
+
+class Inputs:
+    """Groups of inputs, one for each split and one to exclude, as one stream of records that counts itself.
+
+    Args:
+        groups: paths of the training, validation and test set and of what is to be excluded. The sets of a token
+            archive go each to their own group, wherever the archive is given.
+
+    Raises:
+        DataError: an input that is not there.
+    """
+
+    def __init__(self, groups: tuple[Sequence[str | Path], ...]) -> None:
+        self.names = tuple(str(path) for group in groups for path in group)
+        self._groups: list[list[_Source]] = [[] for _ in groups]
+        for part, group in enumerate(groups):
+            for path in map(_resolve, group):
+                for split in token_archive_splits(path) or (None,):
+                    # Everything of an archive that is to be excluded is.
+                    apart = split is not None and part < len(SPLITS)
+                    self._groups[SPLITS.index(split) if apart else part].append(_Source(path, split))
+        self._ends: list[int] = []
+
+    @property
+    def has_sets_apart(self) -> bool:
+        """Whether there is a validation or test set of its own."""
+        return any(self._groups[1 : len(SPLITS)])
+
+    def bytes(self) -> int:
+        """Bytes on disk that will be read, without token archives."""
+        return sum(input_bytes(source.path) for source in self._sources() if source.split is None)
+
+    def fingerprint(self) -> list[list[Any]]:
+        """What tells whether the inputs are still the same: names, sizes and times, for each group."""
+        return [[[str(s.path.resolve()), s.split, *_stamp(s.path)] for s in group] for group in self._groups]
+
+    def records(self, on_bytes: Callable[[int], None]) -> Iterator[Record]:
+        """All records, group by group; `on_bytes` is called with the number of further bytes read."""
+        count = 0
+        self._ends = []
+        for group in self._groups:
+            for source in group:
+                read = (
+                    partial(read_records, on_bytes=on_bytes)
+                    if source.split is None
+                    else partial(read_token_records, split=source.split)
+                )
+                for record in read(source.path):
+                    count += 1
+                    yield record
+            self._ends.append(count)
+
+    def part(self, place: int) -> int:
+        """The group of a record that was read, by its number."""
+        return bisect.bisect_right(self._ends, place)
+
+    def _sources(self) -> Iterator[_Source]:
+        return (source for group in self._groups for source in group)
+
+
+def _resolve(path: str | Path) -> Path:
+    """The file of an input; `embedded` is the corpus in the package."""
+    found = corpus_path() if str(path) == EMBEDDED and not Path(path).exists() else Path(path)
+    if not found.exists():
+        raise DataError(f"no file or folder {path}: check the name")
+    return found
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Size and time of a file; of a folder, a digest of those of all files below it."""
+    if path.is_file():
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+    digest = hashlib.sha256()
+    for folder, below, files in os.walk(path):
+        below.sort()  # the walk goes on in this order; of a corpus only one folder's names are in memory
+        for name in sorted(files):
+            status = (Path(folder) / name).stat()
+            digest.update(f"{folder}\0{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return [digest.hexdigest()]
