@@ -244,7 +244,7 @@ def test_a_name_that_no_configuration_has_is_refused_with_those_that_there_are(n
         ("beta1", 1.0),
         ("beta2", -0.1),
         ("lr_decay_iters", 2000),
-        ("underrep_p", 0.5),
+        ("underrep_p", 1.5),
         ("seed", -1),
         ("seed", 2**32),
     ],

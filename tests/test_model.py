@@ -186,6 +186,70 @@ def test_blocked_attention_equals_the_plain_one_with_its_gradients(T: int) -> No
     np.testing.assert_allclose(blocked[0], by_hand, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("backend", ["xla", "blocked", "cudnn"])
+def test_attention_stays_within_segments(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "cudnn":
+        # The kernel is not here: what it is asked for is done by XLA.
+        by_xla = partial(jax.nn.dot_product_attention, implementation="xla")
+        monkeypatch.setattr(
+            jax.nn,
+            "dot_product_attention",
+            lambda *x, implementation, mask, is_causal: by_xla(*x, mask=mask, is_causal=is_causal),
+        )
+    T = 200
+    rng = np.random.default_rng(1)
+    q, k, v, weight = (rng.normal(size=(2, 2, T, 8)).astype(np.float32) for _ in range(4))
+    # Records that end within a block, at its end and beyond it, padding, and a row of nothing but padding.
+    segments = np.stack([np.repeat([1, 2, 3, 4, 0], [50, 78, 2, 40, 30]), np.zeros(T)]).astype(np.uint16)
+    visible = np.tri(T, dtype=bool) & (segments[:, :, None] == segments[:, None, :])
+
+    def by_hand(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("BHTd,BHSd->BHTS", q, k, precision="highest") / math.sqrt(8)
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("BHTS,BHSd->BHTd", weights, v, precision="highest")
+
+    def value_and_gradients(attend: Callable[..., jax.Array]) -> tuple[jax.Array, Any]:
+        output, pull = jax.vjp(attend, q, k, v)
+        return output, pull(weight)
+
+    found = value_and_gradients(partial(causal_attention, backend=backend, segment_ids_BT=segments))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=5e-6), found, value_and_gradients(by_hand))
+
+
+@pytest.mark.parametrize("backend", ["xla", "blocked"])
+def test_records_in_a_row_have_the_logits_that_each_has_alone(
+    backend: str, models: dict[ModelConfig, Any], tokens: np.ndarray
+) -> None:
+    config = dataclasses.replace(BIASED, attention=backend)
+    lengths = (20, 1, 30)  # and 13 of padding
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 13])[None]
+    positions = np.concatenate([np.arange(length) for length in (*lengths, 13)])[None]
+    row = tokens[:1]
+
+    @jax.jit
+    def logits(row: jax.Array) -> jax.Array:
+        given = {"positions": positions, "segment_ids": segments}
+        return GPT(config).apply({"params": models[BIASED]}, row, **given)[0]
+
+    found, first = np.asarray(logits(row)), 0
+    assert np.isfinite(found).all()
+    for length in lengths:
+        alone = _reference_logits(BIASED, models[BIASED], row[:, first : first + length])
+        np.testing.assert_allclose(found[:, first : first + length], alone, rtol=0, atol=LOGIT_TOLERANCE)
+        first += length
+    # Whatever the first and the last hold, and the padding, the third's are the same to the bit.
+    changed = row.copy()
+    changed[:, :21], changed[:, 51:] = 7, 8
+    np.testing.assert_array_equal(np.asarray(logits(changed))[:, 21:51], found[:, 21:51])
+
+
+def test_positions_beside_a_cache_are_refused(models: dict[ModelConfig, Any], tokens: np.ndarray) -> None:
+    rows, cache = tokens[:1, :4], init_cache(PLAIN, 1, 8)
+    for given in ({"positions": rows}, {"segment_ids": rows}):
+        with pytest.raises(ValueError, match="not for a cache"):
+            GPT(PLAIN).apply({"params": models[PLAIN]}, rows, cache=cache, **given)
+
+
 def test_cached_attention_ignores_what_lies_beyond_a_position() -> None:
     rng = np.random.default_rng(3)
     keys, values = rng.normal(size=(2, 1, 2, 6, 4)).astype(np.float32)

@@ -19,7 +19,7 @@ from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text
 from crystallm_jax.config import load_config
 from crystallm_jax.convert.folder import write_folder
 from crystallm_jax.data.corpus import read_corpus
-from crystallm_jax.data.feed import evaluation_batches
+from crystallm_jax.data.feed import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
@@ -27,7 +27,7 @@ from crystallm_jax.model import init_params
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
-from crystallm_jax.training.loop import run
+from crystallm_jax.training.loop import TrainingStoppedError, run
 from crystallm_jax.training.metrics import MetricsLog
 from crystallm_jax.training.step import TrainState, batch_loss
 
@@ -84,10 +84,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     tokenizer = CIFTokenizer()
     with StoreWriter(folder) as out:
-        for record in itertools.islice(read_corpus(), 24):
-            out.add(record.id, tokenizer.encode_cif(stream_text(preprocess_cif(record.text))))
-        splits = {"train": np.arange(20), "val": np.arange(20, 24)}
-        out.commit(splits, sources=(), options={}, counts={}, versions={})
+        for i, record in enumerate(itertools.islice(read_corpus(), 24)):
+            tokens = tokenizer.encode_cif(stream_text(preprocess_cif(record.text)))
+            out.add(
+                record.id, tokens, split="train" if i < 20 else "val", underrepresented=i % 7 == 0 and i < 20
+            )
+        out.commit(sources=(), options={}, counts={}, versions={})
     return folder
 
 
@@ -234,6 +236,42 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished: Left,
     )
 
 
+@pytest.mark.parametrize(
+    "changes", [{"windows": "packed", "block_size": 256}, {"underrep_p": 0.5}], ids=["packed", "mixed"]
+)
+def test_every_cut_goes_on_exactly_in_the_middle_of_an_epoch(
+    changes: dict[str, Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = (
+        dataclasses.replace(TINY, dataset=str(dataset), out_dir=str(tmp_path / name), **changes)
+        for name in ("whole", "broken")
+    )
+    run(whole)
+    write = MetricsLog.write
+
+    def write_and_stop(log: MetricsLog, **values: Any) -> None:
+        write(log, **values)
+        if values["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", write_and_stop)
+    with pytest.raises(TrainingStoppedError, match="SIGTERM"):
+        run(broken)
+    monkeypatch.setattr(MetricsLog, "write", write)
+    assert _latest(tmp_path / "broken") in {3, 4}
+    again = dataclasses.replace(broken, init_from="resume")
+    run(again)
+    losses = [[line["loss"] for line in _metrics(tmp_path / name)] for name in ("whole", "broken")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_weights(tmp_path / "broken").params,
+        load_weights(tmp_path / "whole").params,
+    )
+    _refused(DataError, dataclasses.replace(again, batch_size=4), "batch_size=2", "batch_size=4")
+
+
 def _refused(error: type[CrystallmError], config: TrainConfig, *parts: str) -> None:
     with pytest.raises(error) as caught:
         run(config)
@@ -295,13 +333,14 @@ def test_a_finished_run_is_only_evaluated(straight: Path, dataset: Path) -> None
 def _evaluated(dataset: Path, source: Path, config: TrainConfig) -> float:
     """The validation loss of the weights at `source`, by hand."""
     weights = load_weights(source)
-    batches = evaluation_batches(
+    rows = open_rows(
         TokenStore.open(dataset, "val"),
         block_size=config.block_size,
-        windows="starts",
-        batch_size=config.batch_size,
-        count=config.eval_iters_val,
+        windows=config.windows,
         seed=config.seed,
+    )
+    batches = evaluation_batches(
+        rows, batch_size=config.batch_size, count=config.eval_iters_val, seed=config.seed
     )
     loss = jax.jit(batch_loss, static_argnums=0)
     return float(np.mean([loss(weights.config, weights.params, batch) for batch in batches]))

@@ -46,6 +46,7 @@ def test_a_mesh_that_is_not_the_devices_is_refused() -> None:
 _EIGHT_DEVICES = """
 import dataclasses, json
 import jax, numpy as np
+from crystallm_jax.data.packing import Batch
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
@@ -63,9 +64,9 @@ for name, data, fsdp, count in (("1", 1, 1, 1), ("dp 8", -1, 1, 8), ("fsdp 8", 1
     state = initial_state(config, model_config, steps)
     losses = []
     for tokens in batches:
-        state, metrics = steps.train(state, jax.device_put(tokens, steps.micro_batches))
+        state, metrics = steps.train(state, jax.device_put(Batch(tokens), steps.micro_batches))
         losses.append([*np.asarray(metrics.micro_losses).tolist(), float(metrics.grad_norm)])
-    losses.append([float(steps.evaluate(state.params, jax.device_put(batches[0, 0], steps.batch)))] * 3)
+    losses.append([float(steps.evaluate(state.params, jax.device_put(Batch(batches[0, 0]), steps.batch)))] * 3)
     kernels = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.addressable_shards[0].data.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from crystallm_jax.convert import read_published
+from crystallm_jax.data.packing import Batch
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate_schedule
 from crystallm_jax.training.sharding import make_mesh, parameter_specs
-from crystallm_jax.training.step import CompiledSteps, compile_steps, cross_entropy, initial_state
+from crystallm_jax.training.step import CompiledSteps, batch_loss, compile_steps, cross_entropy, initial_state
 
 STEP_TOLERANCE = 1e-4
 
@@ -73,6 +74,11 @@ def _mean_loss_and_gradient(params: Any, tokens: jax.Array) -> Any:
     return jax.value_and_grad(loss)(params)
 
 
+@jax.jit
+def _packed_loss_and_gradient(params: Any, batch: Batch) -> Any:
+    return jax.value_and_grad(lambda p: batch_loss(OWN_MODEL, p, batch))(params)
+
+
 def _by_hand(
     params: Any, batches: np.ndarray, *, sums: float, clip: float, decayed: str = "kernel"
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
@@ -115,7 +121,7 @@ def test_a_step_sums_gradients_clips_and_decays_as_published(
         # Otherwise the choices below would not show: the sum is clipped, the mean would not be.
         assert all(step["grad_norm"] / 2 < clip < step["grad_norm"] for step in expected)
     for number, wanted in enumerate(expected):
-        state, metrics = compiled.train(state, batches[number])
+        state, metrics = compiled.train(state, Batch(batches[number]))
         assert float(metrics.loss) == pytest.approx(wanted["loss"], abs=1e-5)
         assert float(metrics.micro_losses.mean()) == pytest.approx(wanted["loss"], abs=1e-5)
         assert float(metrics.learning_rate) == pytest.approx(wanted["lr"], rel=1e-5)
@@ -146,7 +152,7 @@ def test_sixty_steps_give_the_published_trajectory(golden: Path) -> None:
     batches = np.load(golden / "train" / "batches.npz")["batches"]
     found = []
     for micro_batches in batches:
-        state, metrics = compiled.train(state, micro_batches)
+        state, metrics = compiled.train(state, Batch(micro_batches))
         found.append(metrics)
     found = jax.device_get(found)
     assert len(found) == 60
@@ -187,8 +193,64 @@ def test_ignored_targets_count_for_nothing() -> None:
 def test_evaluation_gives_the_mean_loss(steps: CompiledSteps, batches: np.ndarray) -> None:
     params = initial_state(OWN, OWN_MODEL, steps).params
     expected, _ = _mean_loss_and_gradient(params, batches[0].reshape(8, 17).astype(np.int32))
-    parts = [float(steps.evaluate(params, part)) for part in batches[0]]
+    parts = [float(steps.evaluate(params, Batch(part))) for part in batches[0]]
     assert np.mean(parts) == pytest.approx(float(expected), abs=1e-5)
+
+
+RECORD_LENGTHS = ((8, 8), (17,), (8,), (1, 8, 8))
+
+
+def _packed(tokens: np.ndarray) -> Batch:
+    """Rows [4, 17] whose records have these lengths."""
+    segments, positions = np.zeros((4, 17), np.uint16), np.zeros((4, 17), np.uint16)
+    for row, lengths in enumerate(RECORD_LENGTHS):
+        filled = sum(lengths)
+        segments[row, :filled] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+        positions[row, :filled] = np.concatenate([np.arange(length) for length in lengths])
+    mask = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0)
+    return Batch(tokens, segments[:, :-1], positions[:, :-1], mask)
+
+
+def test_the_loss_of_packed_rows_is_that_of_their_records_alone_weighted_by_tokens(
+    steps: CompiledSteps, batches: np.ndarray
+) -> None:
+    params = initial_state(OWN, OWN_MODEL, steps).params
+    packed = _packed(batches[0, 0])
+    total, count = jnp.zeros(()), 0
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    for row, lengths in zip(batches[0, 0], RECORD_LENGTHS, strict=True):
+        for first, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
+            if length > 1:
+                record = row[None, first : first + length].astype(np.int32)
+                loss, gradient = _mean_loss_and_gradient(params, record)
+                total, count = total + loss * (length - 1), count + length - 1
+                gradients = jax.tree.map(lambda sum_, new, n=length - 1: sum_ + new * n, gradients, gradient)
+    assert packed.loss_mask.sum() == count
+    loss, gradient = _packed_loss_and_gradient(params, packed)
+    assert float(loss) == pytest.approx(float(total) / count, abs=1e-5)
+    jax.tree.map(
+        lambda found, summed: np.testing.assert_allclose(found, summed / count, rtol=0, atol=1e-5),
+        gradient,
+        gradients,
+    )
+    assert float(steps.evaluate(params, packed)) == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_a_step_takes_packed_micro_batches(steps: CompiledSteps, batches: np.ndarray) -> None:
+    state = initial_state(OWN, OWN_MODEL, steps)
+    parts = [_packed(tokens) for tokens in batches[0]]
+    expected = [float(steps.evaluate(state.params, part)) for part in parts]
+    _, metrics = steps.train(state, Batch(*(np.stack(leaves) for leaves in zip(*parts, strict=True))))
+    np.testing.assert_allclose(metrics.micro_losses, expected, rtol=0, atol=1e-5)
+
+
+def test_padding_alone_gives_no_loss_and_no_gradient(steps: CompiledSteps) -> None:
+    params = initial_state(OWN, OWN_MODEL, steps).params
+    nothing = np.zeros((4, 16), np.uint16)
+    batch = Batch(np.zeros((4, 17), np.uint16), nothing, nothing, nothing.astype(bool))
+    loss, gradient = _packed_loss_and_gradient(params, batch)
+    assert float(loss) == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_a_step_is_compiled_once_and_consumes_its_state(
@@ -197,10 +259,10 @@ def test_a_step_is_compiled_once_and_consumes_its_state(
     given = jax.device_put(jax.device_get(initial_state(OWN, OWN_MODEL, steps).params))
     state = initial_state(OWN, OWN_MODEL, steps, given)
     old = state
-    state, _ = steps.train(state, batches[0])
+    state, _ = steps.train(state, Batch(batches[0]))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for micro_batches in batches[1:]:
-            state, _ = steps.train(state, micro_batches)
+            state, _ = steps.train(state, Batch(micro_batches))
         jax.block_until_ready(state)
         assert "ompiling" not in caplog.text
         jax.jit(lambda x: x * 3)(jnp.ones(3))
@@ -220,7 +282,7 @@ def test_dropout_differs_by_micro_batch_and_step_and_is_repeatable() -> None:
     for _ in range(2):
         state = initial_state(config, model_config, compiled)
         for _ in range(2):
-            state, metrics = compiled.train(state, tokens)
+            state, metrics = compiled.train(state, Batch(tokens))
             losses.append(np.asarray(metrics.micro_losses))
     np.testing.assert_array_equal(losses[:2], losses[2:])
     assert len(np.unique(losses[:2])) == 4

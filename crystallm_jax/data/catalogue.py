@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-
 from crystallm_jax.data.pipeline import Dropped, Outcome
 from crystallm_jax.data.staging import make_folder, remove_empty, writing
 from crystallm_jax.errors import DataError
@@ -73,7 +71,7 @@ class Catalogue:
             for leftover in folder.glob(".*.tmp-*"):  # of a run that was killed while it wrote the result
                 leftover.unlink()
             self._size = self._scalar("SELECT COALESCE(MAX(offset + length), 0) FROM records")
-            self._payload = (folder / "payload.bin").open("ab")
+            self._payload = (folder / "payload.bin").open("a+b")
             self._payload.truncate(self._size)
 
     def __enter__(self) -> Self:
@@ -116,11 +114,9 @@ class Catalogue:
                 self.connection.commit()
         self._size = offset
 
-    def payload(self) -> np.ndarray:
-        """The payload of all records, uint8 [bytes], memory-mapped."""
-        if not self._size:
-            return np.empty(0, np.uint8)
-        return np.memmap(self.folder / "payload.bin", np.uint8, mode="r", shape=(self._size,))
+    def read(self, offset: int, length: int) -> bytes:
+        """A record's payload. Read, not mapped: pages of a mapped file count as the process's memory."""
+        return os.pread(self._payload.fileno(), length, offset)
 
     def remove(self) -> None:
         """Remove the folder, and those above it that were made for it and are empty."""

@@ -1,117 +1,394 @@
-"""From a token store to batches: a grain pipeline of windows that begin at CIF starts.
+"""From a token store to batches: rows of tokens, a grain pipeline that shuffles and reads them, and where it stands.
 
 The order depends on the seed and the epoch alone: batch n of a run is the same rows whatever the number of hosts
-or threads. Each host reads its own rows of every batch.
+or threads, and the batch size only says where the sequence of rows is cut. Each host reads its own rows of every
+batch, so a run may go on with another number of hosts.
 """
 
-from collections.abc import Iterator
-from typing import SupportsIndex
+import hashlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, SupportsIndex
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
+from crystallm_jax.data.packing import Batch, Windows, pack
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import DataError
 
-# Reading threads a host: a memory-mapped slice costs microseconds, more threads only contend.
+# Threads read ahead, never processes: grain's state does not say how many processes made it, and with another
+# number of them it goes on with other data. How many threads there are changes nothing.
 READ_THREADS = 2
-BATCHES_AHEAD = 16
+_STEPS_AHEAD = 16
+_BYTES_AHEAD = 1 << 27
+# grain numbers the rows that it shuffles in 32 bits.
+_MOST_ROWS = 1 << 32
+# Micro-batches among which a fixed number are under-represented ones, at places drawn anew in each such block.
+_MIXED = 1000
+# As grain's own shuffle.
+_ROUNDS = 4
+# Numbers of a sequence that go into its checksum: a library that draws otherwise shows in these already.
+_SAMPLED = 16
+_MENDS = {
+    "dataset": "give the folder that it was trained on, as it was",
+    "order": "give that folder as it was and install the numpy and grain that the checkpoint's description names",
+}
+
+logger = logging.getLogger(__name__)
 
 
-def window_starts(store: TokenStore, block_size: int, windows: str) -> np.ndarray:
-    """Offsets at which a window of `block_size` + 1 tokens may begin, int64.
+class Rows(Protocol):
+    """Rows of block_size + 1 tokens that batches are made of."""
+
+    def __len__(self) -> int:
+        """How many rows there are, each read once an epoch."""
+
+    def read(self, numbers: np.ndarray) -> Batch:
+        """Rows by their numbers, int [B]: leaves [B, ...]."""
+
+    def digest(self) -> str:
+        """A checksum of what the rows are, beside the tokens themselves."""
+
+
+class WindowRows:
+    """Windows of the stream, uint16 [B, T + 1], that begin at CIF starts, or anywhere, and run on as published."""
+
+    def __init__(self, store: TokenStore, block_size: int, starts: np.ndarray | None) -> None:
+        # Of the map itself a slice costs several times that of a plain array over the same memory.
+        self._tokens = np.asarray(store.tokens)
+        self._length = block_size + 1
+        self._starts = starts
+        self._count = len(self._tokens) - block_size if starts is None else len(starts)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, numbers: np.ndarray) -> Batch:
+        """Rows by their numbers."""
+        begins = numbers if self._starts is None else self._starts[numbers]
+        rows = np.empty((len(numbers), self._length), np.uint16)
+        for row, begin in zip(rows, begins.tolist(), strict=True):
+            row[:] = self._tokens[begin : begin + self._length]
+        return Batch(rows)
+
+    def digest(self) -> str:
+        """A checksum of the windows' places."""
+        return hashlib.sha256(b"" if self._starts is None else self._starts.tobytes()).hexdigest()
+
+
+class PackedRows:
+    """Whole records side by side in rows, all four leaves of a Batch.
+
+    Attributes:
+        truncated: records that are longer than a row and enter with their first tokens.
+    """
+
+    def __init__(self, store: TokenStore, block_size: int, records: np.ndarray, *, seed: int) -> None:
+        self._tokens = np.asarray(store.tokens)
+        self._row_length = block_size + 1
+        starts = np.asarray(store.starts)
+        lengths = np.diff(starts, append=len(self._tokens))[records]
+        self.truncated = int(np.count_nonzero(lengths > self._row_length))
+        plan = pack(lengths, self._row_length, seed=seed)
+        # In row order, so that what a row needs lies together.
+        self._begins = starts[records][plan.records]
+        self._lengths = np.minimum(lengths, self._row_length)[plan.records]
+        self._offsets = plan.offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def read(self, numbers: np.ndarray) -> Batch:
+        """Rows by their numbers."""
+        B, R = len(numbers), self._row_length
+        first, pieces = self._offsets[numbers], np.diff(self._offsets)[numbers]
+        # Every row ends with a piece of padding, so that the pieces of all rows fill the batch without a gap.
+        ends = np.cumsum(pieces + 1) - 1
+        padding = np.zeros(ends[-1] + 1, bool)
+        padding[ends] = True
+        number_in_row = np.arange(len(padding)) - np.repeat(ends - pieces, pieces + 1)
+        record = np.minimum(np.repeat(first, pieces + 1) + number_in_row, len(self._lengths) - 1)
+        lengths = np.where(padding, 0, self._lengths[record])
+        filled = np.add.reduceat(lengths, ends - pieces)
+        lengths[ends] = R - filled
+        begins = np.cumsum(lengths) - lengths
+        segments = np.where(padding, 0, number_in_row + 1).astype(np.uint16)
+        # 32 bits hold a place in a batch, and halve the memory that is read and written here.
+        place = np.arange(B * R, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
+        segment_ids = np.repeat(segments, lengths).reshape(B, R)
+        tokens = np.empty(B * R, np.uint16)
+        sources = np.where(padding, -1, self._begins[record]).tolist()
+        for source, begin, length in zip(sources, begins.tolist(), lengths.tolist(), strict=True):
+            tokens[begin : begin + length] = 0 if source < 0 else self._tokens[source : source + length]
+        read, target = segment_ids[:, :-1], segment_ids[:, 1:]
+        return Batch(
+            tokens.reshape(B, R),
+            segment_ids=np.ascontiguousarray(read),
+            positions=place.reshape(B, R)[:, :-1].astype(np.uint16),
+            loss_mask=(read == target) & (target > 0),
+        )
+
+    def digest(self) -> str:
+        """A checksum of the plan."""
+        plan = hashlib.sha256(self._begins.tobytes())
+        plan.update(self._offsets.tobytes())
+        return plan.hexdigest()
+
+
+def open_rows(
+    store: TokenStore, *, block_size: int, windows: Windows, seed: int, records: np.ndarray | None = None
+) -> WindowRows | PackedRows:
+    """The rows of a store.
 
     Args:
         store: where the tokens are.
-        block_size: tokens that the model reads; one more is its last target.
-        windows: `starts`, at records that have that many tokens from their start on to the end of the stream, as
-            published; or `anywhere`.
+        block_size: T, tokens that the model reads; a row has one more, its last target.
+        windows: `starts`: windows from records that have that many tokens from their start on to the end of the
+            stream, as published; `anywhere`: from every token; `packed`: whole records.
+        seed: of the packing.
+        records: numbers of the records to read alone, rising; windows then begin at their starts.
 
     Raises:
-        DataError: the stream is too short for one window.
+        DataError: the stream is too short for one window, or too long to be numbered.
     """
+    if windows == "packed":
+        chosen = np.arange(len(store)) if records is None else records
+        return PackedRows(store, block_size, chosen, seed=seed)
     last = len(store.tokens) - (block_size + 1)
-    if last < 0:
+    starts = None
+    if windows == "starts" or records is not None:
+        starts = np.asarray(store.starts)
+        starts = starts if records is None else starts[records]
+        starts = starts[starts <= last]
+    if last < 0 or (starts is not None and not len(starts)):
+        which = "" if records is None else " from an under-represented record on"
         raise DataError(
-            f"{store.folder}: its {len(store.tokens)} tokens are fewer than one window of {block_size + 1};"
+            f"{store.folder}: its {len(store.tokens)} tokens are fewer than one window of {block_size + 1}{which};"
             " lower block_size or prepare more structures"
         )
-    if windows == "anywhere":
-        return np.arange(last + 1, dtype=np.int64)
-    starts = np.asarray(store.starts)
-    return starts[starts <= last]
+    rows = WindowRows(store, block_size, starts)
+    if len(rows) > _MOST_ROWS:
+        raise DataError(
+            f"{store.folder}: {len(rows):,} windows are more than can be numbered: set windows=starts"
+        )
+    return rows
 
 
-class TokenWindows:
-    """Windows of a token store as a random-access source of uint16 [T + 1]."""
+class _Shuffled:
+    """Rows in the order in which they are read, endlessly: shuffled anew every epoch.
 
-    def __init__(self, store: TokenStore, block_size: int, windows: str = "starts") -> None:
-        self._tokens = store.tokens
-        self._length = block_size + 1
-        self._starts = window_starts(store, block_size, windows)
+    These are the numbers that `MapDataset.range(len(rows)).seed(seed).shuffle().repeat()` gives, from the same function
+    of grain without a call through each layer for every row, which took longer than the reading.
+    """
 
-    def __len__(self) -> int:
-        return len(self._starts)
+    def __init__(self, rows: Rows, seed: int) -> None:
+        self.rows = rows
+        self._count = len(rows)
+        self._seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
-    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-        start = self._starts[index]
-        return np.asarray(self._tokens[start : start + self._length])
+    def numbers(self, first: int, count: int) -> np.ndarray:
+        """Numbers of the rows at places first to first + count - 1 of the order, int64 [count]."""
+        found = []
+        for place in range(first, first + count):
+            epoch, index = divmod(place, self._count)
+            seed = (self._seed + epoch) % (1 << 32)
+            found.append(index_shuffle(index, max_index=self._count - 1, seed=seed, rounds=_ROUNDS))
+        return np.array(found)
+
+    def read(self, first: int, count: int) -> Batch:
+        return self.rows.read(self.numbers(first, count))
 
 
-class HostRows:
-    """The rows of an endless sequence of global batches that one of several hosts reads."""
+class _Mixture:
+    """Which micro-batches are made of under-represented records.
 
-    def __init__(self, rows: grain.MapDataset, *, batch_size: int, host: int, hosts: int) -> None:
-        if batch_size % hosts:
-            raise DataError(f"a batch of {batch_size} rows does not divide over {hosts} hosts")
-        self._rows = rows
+    Of every 1,000 micro-batches p × 1,000 are, at places that the seed draws. So any one is with probability p, the
+    share holds exactly, and how many came before is known without counting: no row of either kind is passed over.
+    """
+
+    def __init__(self, p: float, seed: int) -> None:
+        self._p = p
+        self._seed = seed
+
+    def place(self, number: int) -> tuple[bool, int]:
+        """Whether micro-batch `number` is one, and how many of the same kind come before it."""
+        block, place = divmod(number, _MIXED)
+        before = self._rare_before(block)
+        drawn = np.random.default_rng((self._seed, block)).permutation(_MIXED)
+        places = drawn[: self._rare_before(block + 1) - before]
+        rare = before + int(np.count_nonzero(places < place))
+        return (True, rare) if place in places else (False, number - rare)
+
+    def _rare_before(self, block: int) -> int:
+        return int(self._p * _MIXED * block)
+
+
+class _Steps:
+    """This host's part of every step: a random-access source of Batch, leaves [A, B / hosts, ...]."""
+
+    def __init__(
+        self,
+        common: _Shuffled,
+        rare: _Shuffled | None,
+        mixture: _Mixture,
+        *,
+        batch_size: int,
+        micro_batches: int,
+        host: int,
+        hosts: int,
+    ) -> None:
+        self._common = common
+        self._rare = rare
+        self._mixture = mixture
         self._batch_size = batch_size
+        self._micro_batches = micro_batches
         self._share = batch_size // hosts
         self._offset = host * self._share
 
     def __len__(self) -> int:
-        return len(self._rows) // self._batch_size * self._share
+        return sys.maxsize // (self._batch_size * self._micro_batches)
 
-    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-        batch, row = divmod(int(index), self._share)
-        return self._rows[batch * self._batch_size + self._offset + row]
+    def __getitem__(self, index: SupportsIndex) -> Batch:
+        first = int(index) * self._micro_batches
+        parts = [self._micro_batch(number) for number in range(first, first + self._micro_batches)]
+        leaves: list[Any] = [
+            None if of_parts[0] is None else np.stack(of_parts) for of_parts in zip(*parts, strict=True)
+        ]
+        return Batch(*leaves)
+
+    def _micro_batch(self, number: int) -> Batch:
+        source = self._common
+        if self._rare is not None:
+            is_rare, number = self._mixture.place(number)
+            source = self._rare if is_rare else self._common
+        return source.read(number * self._batch_size + self._offset, self._share)
 
 
-def train_batches(
+class Feed:
+    """An endless iterator of shuffled batches that knows where it stands; it owns reading threads: close it.
+
+    Yields Batch with leaves [A, B, ...]: A micro-batches a step, B this host's share of the batch size.
+    """
+
+    def __init__(self, steps: _Steps, fingerprint: Mapping[str, Any]) -> None:
+        self._fingerprint = dict(fingerprint)
+        size = sum(leaf.nbytes for leaf in steps[0] if leaf is not None)
+        ahead = max(2, min(_STEPS_AHEAD, _BYTES_AHEAD // size))
+        options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=ahead)
+        self._steps = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._steps)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place in the sequence of steps and what the sequence depends on: small, for JSON, alike on all hosts."""
+        return {**self._steps.get_state(), "fingerprint": self._fingerprint}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where another feed stood.
+
+        Raises:
+            DataError: the other's batches would have been others.
+        """
+        saved = state.get("fingerprint")
+        if saved is None:
+            # Earlier versions wrote none; they knew windows alone and read them in the order of today.
+            windows = "starts" if self._fingerprint["windows"] == "packed" else self._fingerprint["windows"]
+            saved = {**self._fingerprint, "windows": windows, "underrep_p": 0.0}
+            logger.warning("the checkpoint does not say what its data was: taken to be that of this run")
+        for key, value in self._fingerprint.items():
+            if saved.get(key) != value:
+                raise DataError(
+                    f"the run has read its data with {key}={saved.get(key)}, now {key}={value} would give other"
+                    f" batches: {_MENDS.get(key, f'set {key} back')}, or begin a new run with init_from=RUN_FOLDER"
+                )
+        self._steps.set_state({"next_index": state["next_index"]})
+
+    def close(self) -> None:
+        """End the threads."""
+        self._steps.close()
+
+
+def open_feed(
     store: TokenStore,
     *,
     block_size: int,
-    windows: str,
+    windows: Windows,
     batch_size: int,
     micro_batches: int,
     seed: int,
+    underrep_p: float = 0.0,
     host: int = 0,
     hosts: int = 1,
-) -> grain.DatasetIterator:
-    """An endless iterator of shuffled batches, uint16 [A, B, T + 1], reshuffled every epoch.
+) -> Feed:
+    """The training batches of a store.
 
-    A is `micro_batches`, B this host's share of `batch_size`, T `block_size`. Its `get_state()` is a small dict that
-    JSON can hold; `set_state` continues exactly there. Call `close()` when done.
+    Args:
+        store: where the tokens are.
+        block_size: T, tokens that the model reads.
+        windows: as for `open_rows`.
+        batch_size: rows of a micro-batch, over all hosts.
+        micro_batches: A, micro-batches of a step.
+        seed: of the order, the packing and the mixture.
+        underrep_p: the share of micro-batches that are made of under-represented records alone, as published; where
+            these are few they repeat.
+        host: number of this host.
+        hosts: how many share each batch.
+
+    Raises:
+        DataError: rows that cannot be made, a batch that does not divide over the hosts, or no under-represented
+            records where some are asked for.
     """
-    rows = grain.MapDataset.source(TokenWindows(store, block_size, windows)).seed(seed).shuffle().repeat()
-    share = HostRows(rows, batch_size=batch_size, host=host, hosts=hosts)
-    batches = grain.MapDataset.source(share).batch(batch_size // hosts, drop_remainder=True)
-    steps = batches.batch(micro_batches, drop_remainder=True)
-    return iter(
-        steps.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD))
+    if batch_size % hosts:
+        raise DataError(f"a batch of {batch_size} rows does not divide over {hosts} hosts")
+    rows = open_rows(store, block_size=block_size, windows=windows, seed=seed)
+    if isinstance(rows, PackedRows) and rows.truncated:
+        logger.warning(
+            "%s: %d of %d records are longer than block_size=%d: their first %d tokens are read",
+            store.folder,
+            rows.truncated,
+            len(store),
+            block_size,
+            block_size + 1,
+        )
+    common, rare, mixture = _Shuffled(rows, seed), None, _Mixture(underrep_p, seed)
+    order = [rows.digest(), common.numbers(0, _SAMPLED).tolist()]
+    if underrep_p > 0:
+        marked = np.searchsorted(np.asarray(store.starts), store.underrepresented)
+        rare = _Shuffled(
+            open_rows(store, block_size=block_size, windows=windows, seed=seed, records=marked), seed
+        )
+        order += [rare.rows.digest(), [mixture.place(i) for i in range(_SAMPLED)]]
+    summary = store.header.splits[store.split]
+    fingerprint = {
+        "dataset": summary.sha256 or f"{summary.tokens} tokens",
+        "windows": windows,
+        "seed": seed,
+        "block_size": block_size,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "underrep_p": float(underrep_p),
+        "order": hashlib.sha256(repr(order).encode()).hexdigest()[:16],
+    }
+    steps = _Steps(
+        common, rare, mixture, batch_size=batch_size, micro_batches=micro_batches, host=host, hosts=hosts
     )
+    return Feed(steps, fingerprint)
 
 
-def evaluation_batches(
-    store: TokenStore, *, block_size: int, windows: str, batch_size: int, count: int, seed: int
-) -> Iterator[np.ndarray]:
-    """The same `count` batches at every evaluation, uint16 [batch_size, block_size + 1]: a fixed random choice.
+def evaluation_batches(rows: Rows, *, batch_size: int, count: int, seed: int) -> Iterator[Batch]:
+    """The same `count` batches at every evaluation, leaves [batch_size, ...]: a fixed random choice of rows.
 
-    Fewer windows than asked for are all taken once; a last incomplete batch is filled with the first rows again.
+    Fewer rows than asked for are all taken once; a last incomplete batch is filled with the first rows again.
     """
-    source = TokenWindows(store, block_size, windows)
-    order = np.random.default_rng(seed).permutation(len(source))
+    order = np.random.default_rng(seed).permutation(len(rows))
     needed = min(count * batch_size, -(-len(order) // batch_size) * batch_size)
     order = np.resize(order, needed)
     for first in range(0, needed, batch_size):
-        yield np.stack([source[i] for i in order[first : first + batch_size]])
+        yield rows.read(order[first : first + batch_size])

@@ -260,13 +260,12 @@ def _write(
 ) -> _Written:
     """Write what is kept, in the order of the sets, and what is not."""
     reasons = _Reasons()
-    payload = catalogue.payload()
     out_dir = catalogue.folder.parent
     writer_type = StoreWriter if recipe.gives_tokens else TextWriter
     with writer_type(out_dir, catalogue.folder) as writer:
         for split, rows in sets.items():
             for record in selected(catalogue.connection, rows):
-                data = payload[record.offset : record.offset + record.length].tobytes()
+                data = catalogue.read(record.offset, record.length)
                 writer.add_payload(record.id, data, split=split, underrepresented=record.underrepresented)
         for drop in dropped(catalogue.connection):
             writer.drop(*drop)

@@ -37,6 +37,7 @@ def causal_attention(
     v_BHTd: jax.Array,
     *,
     backend: Backend,
+    segment_ids_BT: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -47,14 +48,16 @@ def causal_attention(
         k_BHTd: keys.
         v_BHTd: values.
         backend: as chosen by `choose_backend`.
+        segment_ids_BT: tokens see those of their own segment alone; None makes a row one segment.
         dropout_rate: on attention probabilities; needs `dropout_key` when above 0.
         dropout_key: None switches dropout off.
     """
     if backend == "cudnn":
-        heads_inside = [x.swapaxes(1, 2) for x in (q_BHTd, k_BHTd, v_BHTd)]
-        return jax.nn.dot_product_attention(*heads_inside, is_causal=True, implementation="cudnn").swapaxes(
-            1, 2
-        )
+        q, k, v = (x.swapaxes(1, 2) for x in (q_BHTd, k_BHTd, v_BHTd))
+        mask = None if segment_ids_BT is None else _same_segment(segment_ids_BT, segment_ids_BT)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=True, implementation="cudnn"
+        ).swapaxes(1, 2)
     # The blocked form never computes most of the scores that the causal mask would throw away, and keeps none for
     # the backward pass: a block of queries sees the keys up to its own end.
     T = q_BHTd.shape[2]
@@ -62,10 +65,10 @@ def causal_attention(
     outputs = []
     for first in range(0, T, rows):
         last = min(first + rows, T)
-        visible_RS = jnp.arange(first, last)[:, None] >= jnp.arange(last)[None, :]
-        attend = _softmax_attention if rows >= T else jax.checkpoint(_softmax_attention, static_argnums=4)
+        segments = None if segment_ids_BT is None else segment_ids_BT[:, :last]
+        attend = _last_rows if rows >= T else jax.checkpoint(_last_rows, static_argnums=4)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, first)
-        seen = (k_BHTd[:, :, :last], v_BHTd[:, :, :last], visible_RS[None, None])
+        seen = (k_BHTd[:, :, :last], v_BHTd[:, :, :last], segments)
         outputs.append(attend(q_BHTd[:, :, first:last], *seen, dropout_rate, key))
     return jnp.concatenate(outputs, axis=2)
 
@@ -77,6 +80,27 @@ def cached_attention(
     S = keys_BHSd.shape[2]
     visible_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
     return _softmax_attention(q_BHTd, keys_BHSd, values_BHSd, visible_BTS[:, None], 0.0, None)
+
+
+def _last_rows(
+    q_BHRd: jax.Array,
+    k_BHSd: jax.Array,
+    v_BHSd: jax.Array,
+    segment_ids_BS: jax.Array | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+) -> jax.Array:
+    """Causal attention of the last R of S tokens. The mask is made here, so that the backward pass keeps none."""
+    R, S = q_BHRd.shape[2], k_BHSd.shape[2]
+    visible = (jnp.arange(S - R, S)[:, None] >= jnp.arange(S)[None, :])[None, None]
+    if segment_ids_BS is not None:
+        visible = visible & _same_segment(segment_ids_BS[:, S - R :], segment_ids_BS)
+    return _softmax_attention(q_BHRd, k_BHSd, v_BHSd, visible, dropout_rate, dropout_key)
+
+
+def _same_segment(queries_BR: jax.Array, keys_BS: jax.Array) -> jax.Array:
+    """Bool [B, 1, R, S]. Padding is a segment like others: a token always sees itself, so no row is empty (NaN)."""
+    return queries_BR[:, None, :, None] == keys_BS[:, None, None, :]
 
 
 def _softmax_attention(

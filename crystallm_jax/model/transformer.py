@@ -47,7 +47,13 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, *, positions_BT: jax.Array, cache: KVCache | None, deterministic: bool
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        deterministic: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Return the branch's output [B, T, D] and this layer's new cache buffers (None without a cache)."""
         config = self.config
@@ -63,6 +69,7 @@ class SelfAttention(nn.Module):
                 k_BHTd,
                 v_BHTd,
                 backend=choose_backend(config.attention, dtype=config.dtype, dropout_rate=rate),
+                segment_ids_BT=segment_ids_BT,
                 dropout_rate=rate,
                 dropout_key=self.make_rng("dropout") if rate > 0 else None,
             )
@@ -100,13 +107,23 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, *, positions_BT: jax.Array, cache: KVCache | None, deterministic: bool
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        deterministic: bool,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Return the residual stream [B, T, D] and this layer's new cache buffers."""
         normed = _layer_norm(self.config, "ln_1")(x_BTD)
         with jax.named_scope("attention"):
             branch, buffers = SelfAttention(self.config, self.layer, name="attn")(
-                normed, positions_BT=positions_BT, cache=cache, deterministic=deterministic
+                normed,
+                positions_BT=positions_BT,
+                segment_ids_BT=segment_ids_BT,
+                cache=cache,
+                deterministic=deterministic,
             )
         x_BTD = x_BTD + branch
         normed = _layer_norm(self.config, "ln_2")(x_BTD)
@@ -121,13 +138,22 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, *, cache: KVCache | None = None, deterministic: bool = True
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
         """Predict the token that follows each token.
 
         Args:
-            tokens: int [B, T]. Without a cache they stand at positions 0 to T - 1; with one, row b continues at
-                position cache.length[b]. The last position must be below `block_size`: JAX cannot check it here.
+            tokens: int [B, T]. Without a cache they stand at positions 0 to T - 1 unless `positions` says otherwise;
+                with one, row b continues at position cache.length[b]. The last position must be below `block_size`:
+                JAX cannot check it here.
+            positions: int [B, T], where several texts share a row; not with a cache.
+            segment_ids: int [B, T]: tokens attend to those of their own segment alone; not with a cache.
             cache: what came before, or None.
             deterministic: False switches dropout on and needs an rng named `dropout`.
 
@@ -135,25 +161,31 @@ class GPT(nn.Module):
             float32 logits [B, T, V], and the cache with the tokens added (None without one).
 
         Raises:
-            ValueError: T is more than `block_size`.
+            ValueError: T is more than `block_size`, or positions or segment ids beside a cache.
         """
         config = self.config
         T = tokens.shape[1]
         if config.block_size < T:
             raise ValueError(f"{T} tokens do not fit the model's context of {config.block_size}")
+        if cache is not None and not (positions is None and segment_ids is None):
+            raise ValueError("positions and segment_ids are for rows read at once, not for a cache")
         start_B = jnp.zeros(tokens.shape[0], jnp.int32) if cache is None else cache.length
-        positions_BT = start_B[:, None] + jnp.arange(T)[None, :]
+        positions_BT = start_B[:, None] + jnp.arange(T)[None, :] if positions is None else positions
         init = nn.initializers.normal(INIT_STD)
         wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init, name="wte")
         wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init, name="wpe")
-        # Without a cache every row has the same positions: look them up once.
-        position_BTD = wpe(positions_BT[:1] if cache is None else positions_BT)
+        # Unless told otherwise every row has the same positions: look them up once.
+        position_BTD = wpe(positions_BT[:1] if cache is None and positions is None else positions_BT)
         x_BTD = (wte(tokens) + position_BTD).astype(config.dtype)
         x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=deterministic)
         layers = []
         for layer in range(config.n_layer):
             x_BTD, buffers = Block(config, layer, name=f"h_{layer}")(
-                x_BTD, positions_BT=positions_BT, cache=cache, deterministic=deterministic
+                x_BTD,
+                positions_BT=positions_BT,
+                segment_ids_BT=segment_ids,
+                cache=cache,
+                deterministic=deterministic,
             )
             layers.append(buffers)
         x_BTD = _layer_norm(config, "ln_f")(x_BTD)

@@ -2,8 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
+from crystallm_jax.data.packing import Windows
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model.config import AttentionBackend, DType, ModelConfig
 
@@ -28,7 +28,9 @@ class TrainConfig:
         gradient_accumulation_steps: micro-batches a step; their gradients are summed, as published.
         batch_size: sequences a micro-batch, over all devices.
         block_size: tokens a sequence.
-        windows: (new) where training windows begin: at CIF `starts`, or `anywhere` in the stream.
+        windows: (new) how rows are cut: `starts` and `anywhere` are the published ways, windows that begin at CIF
+            starts or anywhere and run on into the next CIFs; `packed` puts whole CIFs into rows, each at position 0
+            and blind to the others, so that training sees what sampling asks.
         n_layer: transformer blocks.
         n_head: attention heads.
         n_embd: width.
@@ -49,7 +51,7 @@ class TrainConfig:
         dtype: arithmetic of the model.
         attention: (new) attention implementation.
         compile: accepted for published files and ignored: the step is always compiled.
-        underrep_p: probability of a batch of under-represented records; only 0 so far.
+        underrep_p: probability that a micro-batch is made of under-represented records alone.
         seed: (new) of initialisation, dropout and the order of the data.
         data_parallel: (new) size of the mesh's `data` axis; -1 takes the devices that `fsdp` leaves.
         fsdp: (new) size of the mesh's `fsdp` axis, over which parameters and optimiser state are sharded.
@@ -72,7 +74,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 40
     batch_size: int = 64
     block_size: int = 2048
-    windows: Literal["starts", "anywhere"] = "starts"
+    windows: Windows = "starts"
 
     n_layer: int = 12
     n_head: int = 12
@@ -134,10 +136,8 @@ class TrainConfig:
                 f"lr_decay_iters={self.lr_decay_iters} must be above warmup_iters={self.warmup_iters}"
                 " (or set decay_lr=false)"
             )
-        if self.underrep_p != 0:
-            raise ConfigError(
-                f"underrep_p={self.underrep_p}: oversampling is not available yet; set underrep_p=0"
-            )
+        if not 0 <= self.underrep_p <= 1:
+            raise ConfigError(f"underrep_p={self.underrep_p}: must be a probability, from 0 to 1")
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model that this run trains."""
@@ -156,5 +156,5 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimiser step reads."""
+        """Tokens that one optimiser step reads, the padding of packed rows among them."""
         return self.gradient_accumulation_steps * self.batch_size * self.block_size

@@ -13,14 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from crystallm_jax.config import to_yaml
-from crystallm_jax.data.feed import evaluation_batches, train_batches
+from crystallm_jax.data.feed import Feed, Rows, evaluation_batches, open_feed, open_rows
+from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, CrystallmError, ModelError
 from crystallm_jax.model import ModelConfig, count_params, flops_per_token
@@ -72,13 +72,14 @@ def run(config: TrainConfig) -> RunResult:
         checkpoints = stack.enter_context(Checkpoints(out_dir / CHECKPOINTS_FOLDER, config.keep_checkpoints))
         feed = stack.enter_context(
             contextlib.closing(
-                train_batches(
+                open_feed(
                     store,
                     block_size=config.block_size,
                     windows=config.windows,
                     batch_size=config.batch_size,
                     micro_batches=config.gradient_accumulation_steps,
                     seed=config.seed,
+                    underrep_p=config.underrep_p,
                     host=jax.process_index(),
                     hosts=jax.process_count(),
                 )
@@ -87,7 +88,8 @@ def run(config: TrainConfig) -> RunResult:
         state, first_step = _start(config, model_config, steps, checkpoints, feed)
         stop = stack.enter_context(_stop_signals())
         _write_config(out_dir, config)
-        trainer = _Trainer(config, model_config, steps, checkpoints, feed, store, val_store, stop)
+        evaluated = _evaluated_rows(config, store, val_store)
+        trainer = _Trainer(config, model_config, steps, checkpoints, feed, evaluated, stop)
         logger.info(
             "%s: %.2f M parameters, %d training records, %d devices, from step %d of %d",
             out_dir,
@@ -98,6 +100,23 @@ def run(config: TrainConfig) -> RunResult:
             config.max_iters,
         )
         return trainer.run(state, first_step)
+
+
+def _evaluated_rows(
+    config: TrainConfig, store: TokenStore, val_store: TokenStore | None
+) -> dict[str, tuple[Rows, int]]:
+    """By the name of each loss, the rows that it is of and how many batches of them."""
+    return {
+        name: (
+            open_rows(source, block_size=config.block_size, windows=config.windows, seed=config.seed),
+            count,
+        )
+        for name, source, count in (
+            ("train_loss", store, config.eval_iters_train),
+            ("val_loss", val_store, config.eval_iters_val),
+        )
+        if source is not None and count > 0
+    }
 
 
 def _made(out_dir: str) -> Path:
@@ -113,7 +132,7 @@ def _start(
     model_config: ModelConfig,
     steps: CompiledSteps,
     checkpoints: Checkpoints,
-    feed: grain.DatasetIterator,
+    feed: Feed,
 ) -> tuple[TrainState, int]:
     """The state to begin with and its step; the feed is set to the same place."""
     if config.init_from == "resume":
@@ -175,9 +194,8 @@ class _Trainer:
     model_config: ModelConfig
     steps: CompiledSteps
     checkpoints: Checkpoints
-    feed: grain.DatasetIterator
-    store: TokenStore
-    val_store: TokenStore | None
+    feed: Feed
+    evaluated: dict[str, tuple[Rows, int]]
     stop: list[int]
 
     def run(self, state: TrainState, first_step: int) -> RunResult:
@@ -217,8 +235,9 @@ class _Trainer:
         self.checkpoints.wait()
         return RunResult(config.max_iters, values["loss"], losses.get("val_loss"))
 
-    def _next_batch(self) -> jax.Array:
-        return jax.make_array_from_process_local_data(self.steps.micro_batches, next(self.feed))
+    def _next_batch(self) -> Batch:
+        place = self.steps.micro_batches
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(place, leaf), next(self.feed))
 
     def _log(
         self,
@@ -255,20 +274,8 @@ class _Trainer:
         """Mean losses over fixed batches of each set that is to be evaluated."""
         config = self.config
         found = {}
-        for name, store, count in (
-            ("train_loss", self.store, config.eval_iters_train),
-            ("val_loss", self.val_store, config.eval_iters_val),
-        ):
-            if store is None or count == 0:
-                continue
-            batches = evaluation_batches(
-                store,
-                block_size=config.block_size,
-                windows=config.windows,
-                batch_size=config.batch_size,
-                count=count,
-                seed=config.seed,
-            )
+        for name, (rows, count) in self.evaluated.items():
+            batches = evaluation_batches(rows, batch_size=config.batch_size, count=count, seed=config.seed)
             losses = [self.steps.evaluate(state.params, jax.device_put(b, self.steps.batch)) for b in batches]
             found[name] = float(np.mean(jax.device_get(losses)))
         return found
@@ -284,7 +291,8 @@ class _Trainer:
                 "vocab_size": self.model_config.vocab_size,
                 "val_loss": val_loss,
                 "versions": {
-                    name: version(name) for name in ("jax", "flax", "optax", "grain", "orbax-checkpoint")
+                    name: version(name)
+                    for name in ("jax", "flax", "optax", "grain", "numpy", "orbax-checkpoint")
                 },
                 "python": platform.python_version(),
             },

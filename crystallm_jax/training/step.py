@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from crystallm_jax.data.packing import Batch
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, learning_rate_schedule, make_optimizer
@@ -48,16 +49,16 @@ class CompiledSteps(NamedTuple):
     """Jitted functions of one run, with their shardings.
 
     Attributes:
-        train: (state, tokens int [A, B, T + 1]) -> (state, StepMetrics); the state given is donated.
-        evaluate: (params, tokens int [B, T + 1]) -> mean loss.
+        train: (state, Batch of [A, B, ...]) -> (state, StepMetrics); the state given is donated.
+        evaluate: (params, Batch of [B, ...]) -> mean loss.
         shardings: of a TrainState.
-        micro_batches: sharding of `train`'s tokens.
-        batch: sharding of `evaluate`'s tokens.
+        micro_batches: sharding of each leaf of `train`'s batch.
+        batch: sharding of each leaf of `evaluate`'s batch.
         abstract: shapes, dtypes and shardings of the state, for restoring into.
     """
 
-    train: Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]
-    evaluate: Callable[[Any, jax.Array], jax.Array]
+    train: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    evaluate: Callable[[Any, Batch], jax.Array]
     shardings: TrainState
     micro_batches: NamedSharding
     batch: NamedSharding
@@ -72,17 +73,25 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def batch_loss(
-    config: ModelConfig, params: Any, tokens: jax.Array, dropout_key: jax.Array | None = None
+    config: ModelConfig, params: Any, batch: Batch, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """Mean loss of predicting tokens [:, 1:] from tokens [:, :-1]; a key switches dropout on."""
-    tokens = tokens.astype(jnp.int32)
+    """Mean loss of predicting tokens [:, 1:] from tokens [:, :-1]; a key switches dropout on.
+
+    The mean is over the targets that count, so a packed batch gives that of its records, each alone, by tokens.
+    """
+    tokens = jnp.asarray(batch.tokens, jnp.int32)
     logits, _ = GPT(config).apply(
         {"params": params},
         tokens[:, :-1],
+        positions=None if batch.positions is None else jnp.asarray(batch.positions, jnp.int32),
+        segment_ids=batch.segment_ids,
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    return cross_entropy(logits, tokens[:, 1:])
+    targets = tokens[:, 1:]
+    if batch.loss_mask is not None:
+        targets = jnp.where(batch.loss_mask, targets, IGNORED_TARGET)
+    return cross_entropy(logits, targets)
 
 
 def create_state(config: TrainConfig, params: Any) -> TrainState:
@@ -93,16 +102,16 @@ def create_state(config: TrainConfig, params: Any) -> TrainState:
 
 
 def train_step(
-    config: TrainConfig, model_config: ModelConfig, state: TrainState, tokens: jax.Array
+    config: TrainConfig, model_config: ModelConfig, state: TrainState, batch: Batch
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimiser step over micro-batches [A, B, T + 1].
+    """One optimiser step over the micro-batches of a Batch [A, B, ...].
 
     Gradients of the micro-batches are summed, not averaged, before clipping: the published code does not divide.
     """
     dropout = model_config.dropout > 0 or model_config.attention_dropout_rate > 0
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    def add_micro_batch(total: Any, numbered: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+    def add_micro_batch(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
         number, micro_batch = numbered
         key = jax.random.fold_in(step_key, number) if dropout else None
         loss, grads = jax.value_and_grad(lambda p: batch_loss(model_config, p, micro_batch, key))(
@@ -112,7 +121,7 @@ def train_step(
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     with jax.named_scope("gradients"):
-        grads, losses = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(tokens.shape[0]), tokens))
+        grads, losses = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch.tokens)), batch))
     grad_norm = optax.tree.norm(grads)
     with jax.named_scope("update"):
         updates, opt_state = make_optimizer(config).update(
@@ -143,13 +152,13 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
     whole = NamedSharding(mesh, PartitionSpec())
     micro_batches, batch = NamedSharding(mesh, MICRO_BATCHES), NamedSharding(mesh, BATCH)
     train = jax.jit(
-        lambda state, tokens: train_step(config, model_config, state, tokens),
+        lambda state, given: train_step(config, model_config, state, given),
         in_shardings=(shardings, micro_batches),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
     evaluate = jax.jit(
-        lambda params, tokens: batch_loss(model_config, params, tokens),
+        lambda params, given: batch_loss(model_config, params, given),
         in_shardings=(shardings.params, batch),
         out_shardings=whole,
     )
