@@ -38,4 +38,6 @@ def postprocess_cif(raw: str) -> str:
         lines = [f"  {i}  '{operation}'" for i, operation in enumerate(operations, 1)]
         loop = ["loop_", " _symmetry_equiv_pos_site_id", " _symmetry_equiv_pos_as_xyz", *lines]
         raw = raw.replace(_IDENTITY_LOOP, "\n".join(loop))
-    return _PROPERTY_BLOCK.sub(r"\1\2", raw)
+    # A block ends at a tag: behind the last one, each "data_" line would be searched from to the end of the text.
+    end = raw.rfind(SPACEGROUP_TAG) + len(SPACEGROUP_TAG)
+    return _PROPERTY_BLOCK.sub(r"\1\2", raw[:end]) + raw[end:]

@@ -40,7 +40,12 @@ def prompt_from_cif(preprocessed: str, with_spacegroup: bool = False) -> str:
     Raises:
         CIFError: the text has no such beginning.
     """
-    match = (_TO_SPACEGROUP if with_spacegroup else _TO_COMPOSITION).search(preprocessed)
+    pattern, searched = _TO_COMPOSITION, preprocessed
+    if with_spacegroup:
+        # Behind the last tag's line there is no such beginning, and looking for one takes quadratic time.
+        before, tag, after = preprocessed.rpartition(SPACEGROUP_TAG)
+        pattern, searched = _TO_SPACEGROUP, before + tag + after.split("\n", 1)[0] + "\n" if tag else ""
+    match = pattern.search(searched)
     if match is None:
         wanted = f"property block and {SPACEGROUP_TAG} line" if with_spacegroup else "data_ line"
         raise CIFError(f"the text has no {wanted}: preprocess it with preprocess_cif")

@@ -81,6 +81,6 @@ def spacegroup_operations(symbol: str) -> tuple[str, ...]:
     parts, groups = _operation_table()
     if symbol not in groups:
         raise CIFError(
-            f"space group {symbol!r} has no known operations: write one of the 230 standard symbols"
+            f"space group {shorten(symbol)} has no known operations: write one of the 230 standard symbols"
         )
     return tuple(", ".join(parts[letter] for letter in word) for word in groups[symbol].split())

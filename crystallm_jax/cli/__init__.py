@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 import crystallm_jax
-from crystallm_jax.cli import prepare, sample, train
+from crystallm_jax.cli import info, prepare, sample, train
 from crystallm_jax.errors import CrystallmError
 
-VERBS = (prepare, train, sample)
+VERBS = (prepare, info, train, sample)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

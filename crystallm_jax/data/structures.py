@@ -16,11 +16,9 @@ from pymatgen.io.cif import CifParser
 
 from crystallm_jax.cif import ELEMENTS
 from crystallm_jax.cif.symmetry import MAX_ATOMS
+from crystallm_jax.data.guards import CELL, THIN, check_block, check_lattice, readable_text, refuse_too_many
 from crystallm_jax.errors import CIFError
 
-_CELL = tuple(
-    f"_cell_{k}" for k in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
-)
 _IDENTITY = re.compile(r"\s*(?:1\s+)?(['\"]?)x,\s*y,\s*z\1\s*")
 _OPERATOR_KEYS = {"_symmetry_equiv_pos_site_id", "_symmetry_equiv_pos_as_xyz"}
 _SITE_KEYS = {
@@ -33,7 +31,7 @@ _SITE_KEYS = {
     "_atom_site_occupancy",
 }
 _PLAIN_KEYS = {
-    *_CELL,
+    *CELL,
     "_symmetry_space_group_name_H-M",
     "_symmetry_Int_Tables_number",
     "_chemical_formula_structural",
@@ -41,13 +39,17 @@ _PLAIN_KEYS = {
     "_cell_volume",
     "_cell_formula_units_Z",
 }
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?", re.ASCII)
 _MISSING_KEY = re.compile(r"'_[\w.-]+'")
 _FRACTIONS = (1 / 3, 2 / 3)
 _FRACTION_TOLERANCE = 1e-4
 # pymatgen merges sites within 1e-4 of each other; a little more, so that the edge is its decision.
 _SAME_SITE = 1.1e-4
-_THIN = 0.02
+_LONGEST_REASON = 200
+# What pymatgen was seen to raise on broken texts, in campaigns of tools/fuzz_cif.py: a loop without
+# columns, an operator with a fourth coordinate or a zero below the line, an infinite coordinate, magnetic
+# tags that are incomplete, a cell setting that is none. Anything else is a defect.
+_PYMATGEN_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class PlainCell(NamedTuple):
@@ -64,11 +66,13 @@ def parse_structure(text: str) -> Structure:
     """Read the one structure of a CIF text as pymatgen does, without oxidation states being guessed.
 
     Raises:
-        CIFError: no structure, several structures, an unknown element, a site that is not fully occupied,
-            more than 2,000 atoms.
+        CIFError: no structure, several structures, an unknown element, a site that is not fully occupied or
+            has no element, a cell without a volume, more than 2,000 atoms, a text so large or so full of
+            quotes or operators that pymatgen would not come to an end. Nothing else is raised.
     """
-    _refuse_too_many(text.count("\n"), text)
     cell = read_plain_cell(text)
+    if cell is not None:
+        refuse_too_many(len(cell.symbols))
     structure = None if cell is None else _build(cell)
     if structure is None:
         structure = _parse_with_pymatgen(text)
@@ -91,7 +95,7 @@ def read_plain_cell(text: str) -> PlainCell | None:
         if not line or line[0] == "#":
             continue
         if line == "loop_":
-            if columns and not _is_identity_loop(columns, rows):
+            if in_loop and not _is_identity_loop(columns, rows):
                 return None
             columns, rows, in_loop, in_rows = [], [], True, False
         elif line[0] == "_":
@@ -129,7 +133,7 @@ def _plain_cell(values: dict[str, str], columns: list[str], *, rows: list[list[s
     plain = set(columns) <= _SITE_KEYS and needed <= set(columns) and len(set(columns)) == len(columns)
     if not plain or name != "P1" or not rows or any(len(row) != len(columns) for row in rows):
         return None
-    cell = [values.get(key, "") for key in _CELL]
+    cell = [values.get(key, "") for key in CELL]
     fields = dict(zip(columns, zip(*rows, strict=True), strict=True))
     coordinates = [fields[f"_atom_site_fract_{k}"] for k in "xyz"]
     occupancies = fields.get("_atom_site_occupancy", ())
@@ -141,9 +145,10 @@ def _plain_cell(values: dict[str, str], columns: list[str], *, rows: list[list[s
     if any(c in label for label in labels for c in "'\"+;#"):
         return None
     a, b, c, alpha, beta, gamma = (float(number) for number in cell)
-    return PlainCell(
-        (a, b, c), (alpha, beta, gamma), symbols, labels, np.array(coordinates, dtype=np.float64).T.copy()
-    )
+    positions = np.array(coordinates, dtype=np.float64).T.copy()
+    if not np.isfinite(positions).all():  # 1e999 is written as a number too
+        return None
+    return PlainCell((a, b, c), (alpha, beta, gamma), symbols, labels, positions)
 
 
 def _build(cell: PlainCell) -> Structure | None:
@@ -165,11 +170,7 @@ def _build(cell: PlainCell) -> Structure | None:
     coordinates = coordinates - np.floor(coordinates)
     lattice = Lattice.from_parameters(*cell.lengths, *cell.angles)
     thickness = 1 / np.linalg.norm(lattice.inv_matrix, axis=0)
-    if (
-        not np.all(np.isfinite(lattice.matrix))
-        or not np.all(thickness > _THIN)
-        or _any_same_site(coordinates)
-    ):
+    if not np.all(np.isfinite(lattice.matrix)) or not np.all(thickness > THIN) or _any_same_site(coordinates):
         return None
     order = sorted(range(len(cell.symbols)), key=lambda i: (negativity[cell.symbols[i]], cell.symbols[i]))
     species = {symbol: Composition({element: 1.0}) for symbol, element in elements.items()}
@@ -194,22 +195,49 @@ def _any_same_site(coordinates: np.ndarray) -> bool:
 def _parse_with_pymatgen(text: str) -> Structure:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # The comparison with the stated formula only warns, and takes as long as the rest.
-        parser = CifParser.from_str(text, check_cif=False)
+        parser = _parser(readable_text(text))
         try:
+            for items in parser.as_dict().values():
+                check_block(items, parser)
             structures = parser.parse_structures(primitive=False, on_error="ignore")
-        except ValueError as error:
+        except CIFError:
+            raise
+        except _PYMATGEN_ERRORS as error:
             first = next((w for w in parser.warnings if w.startswith("No structure parsed")), "")
-            reason = " ".join((first.partition("\n")[2] or str(error)).split())
-            if _MISSING_KEY.fullmatch(reason):
-                reason = f"it has no {reason}"
-            raise CIFError(f"no structure could be read ({reason}): check the CIF") from error
+            raise _unreadable(error, first.partition("\n")[2]) from error
     if len(structures) > 1:
         raise CIFError(f"the text holds {len(structures)} structures: give one record each")
     return _checked(structures[0])
 
 
+def _parser(text: str) -> CifParser:
+    try:
+        # The comparison with the stated formula only warns, and takes as long as the rest.
+        return CifParser.from_str(text, check_cif=False)
+    except ZeroDivisionError as error:
+        raise _unreadable(error, "a loop_ has no tags, or no values for a whole row") from error
+    except ValueError as error:
+        raise _unreadable(error, "a loop_ has values left over that make no whole row") from error
+    except _PYMATGEN_ERRORS as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception, noted: str = "") -> CIFError:
+    """What pymatgen noted about a block, or else its error, as one line."""
+    reason = " ".join((noted or str(error)).split())[:_LONGEST_REASON]
+    if _MISSING_KEY.fullmatch(reason):
+        reason = f"it has no {reason}"
+    elif not (noted or type(error) is ValueError):
+        reason = f"{type(error).__name__}: {reason}"
+    return CIFError(f"no structure could be read ({reason or 'no reason given'}): check the CIF")
+
+
 def _checked(structure: Structure) -> Structure:
+    check_lattice(structure.lattice)
+    if "implicit_hydrogens" in structure.site_properties:
+        raise CIFError(
+            "hydrogens are implied (as in Wat) and have no site: place them or leave the record out"
+        )
     for site in structure:
         for species in site.species:
             symbol = getattr(species, "symbol", str(species))
@@ -220,12 +248,3 @@ def _checked(structure: Structure) -> Structure:
         if not site.is_ordered:
             raise CIFError(f"site {site.label!r} is partially occupied ({site.species_string}): leave it out")
     return structure
-
-
-def _refuse_too_many(n_lines: int, text: str) -> None:
-    """Refuse a text that lists too many atoms before the slow part, from its lines that look like atoms."""
-    if n_lines <= MAX_ATOMS:
-        return
-    rows = sum(len(line.split()) >= 5 and line.lstrip()[:1].isalpha() for line in text.splitlines())
-    if rows > MAX_ATOMS:
-        raise CIFError(f"the text lists {rows:,} atoms, at most {MAX_ATOMS:,} are taken: leave it out")

@@ -76,8 +76,8 @@ class StoreWriter(_Folder):
         Raises:
             DataError: an id of several lines, or the disk is full.
         """
-        if "\n" in record_id or "\r" in record_id:
-            raise DataError(f"the id {record_id[:40]!r} has several lines: give one that has one")
+        if any(c in "\r\n" or "\ud800" <= c <= "\udfff" for c in record_id):
+            raise DataError(f"the id {record_id[:40]!r} has several lines or is no Unicode: give another")
         if split not in self._splits:
             self._splits[split] = _Split(split, self._staging)
         with writing(self.folder):

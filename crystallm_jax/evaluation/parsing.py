@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from pymatgen.core import Structure
 from pymatgen.core.operations import SymmOp
 from pymatgen.io.cif import CifBlock, CifParser
 
+from crystallm_jax.data.guards import check_lattice, check_transformation, count_sites
 from crystallm_jax.errors import CIFError
 from crystallm_jax.evaluation.report import one_line
 
@@ -107,12 +107,8 @@ def build_structure(parsed: ParsedCIF) -> tuple[Structure, list[SymmOp]]:
             raise CIFError(
                 f"the CIF holds no structure ({reason}): check cell, operators and sites"
             ) from error
+    check_lattice(structure.lattice)
     lengths = structure.lattice.abc
-    if (
-        not np.isfinite([*lengths, *structure.lattice.angles, structure.volume]).all()
-        or structure.volume <= 0
-    ):
-        raise CIFError(f"the cell {structure.lattice.parameters} has no volume: check its lengths and angles")
     if max(lengths) > MAX_LENGTH:
         raise TooLargeError(f"a cell length is {max(lengths):g} Å: at most {MAX_LENGTH:g} Å are handled")
     if len(structure) > MAX_SITES:
@@ -140,6 +136,7 @@ def _check_size(parsed: ParsedCIF) -> list[SymmOp]:
     operators: list[SymmOp] = []
     images = sites = 0
     for items in parsed.blocks.values():
+        check_transformation(items)
         rows = _rows(items)
         if not rows:
             continue
@@ -151,7 +148,7 @@ def _check_size(parsed: ParsedCIF) -> list[SymmOp]:
                 f"{rows:,} rows under {len(found)} operators make {images:,} images: "
                 f"at most {MAX_IMAGES:,} are handled"
             )
-        sites += _count_sites(items, found)
+        sites += count_sites(items, found)
         # The count is rough where images nearly coincide; the exact one is taken after the expansion.
         if sites > 2 * MAX_SITES:
             raise TooLargeError(f"the cell would hold {sites:,} sites: at most {MAX_SITES:,} are handled")
@@ -161,24 +158,6 @@ def _check_size(parsed: ParsedCIF) -> list[SymmOp]:
 def _rows(items: Mapping[str, Any]) -> int:
     labels = items.get("_atom_site_label", ())
     return len(labels)
-
-
-def _count_sites(items: Mapping[str, Any], operators: list[SymmOp]) -> int:
-    """How many sites the rows of a block expand to, on a grid of 0.001; 0 if coordinates are unreadable."""
-    columns = [items.get(f"_atom_site_fract_{axis}", ()) for axis in "xyz"]
-    try:
-        coordinates = np.array([[float(value.split("(")[0]) for value in column] for column in columns]).T
-    except (AttributeError, ValueError):
-        return 0  # ragged or no numbers: the expansion stops at them
-    if coordinates.ndim != 2 or coordinates.shape[1] != 3 or not np.isfinite(coordinates).all():
-        return 0
-    rotations = np.array([operator.rotation_matrix for operator in operators])
-    translations = np.array([operator.translation_vector for operator in operators])
-    images = np.einsum("oij,rj->roi", rotations, coordinates) + translations
-    # The offset keeps coordinates of four decimals, with thirds added, off the borders of the grid.
-    cells = np.floor((images % 1.0) * 1000 + 0.37).astype(np.int64) % 1000
-    keys = (cells[..., 0] * 1000 + cells[..., 1]) * 1000 + cells[..., 2]
-    return sum(len(np.unique(row)) for row in keys)
 
 
 def _first_problem(parser: CifParser) -> str:
