@@ -82,9 +82,9 @@ class Catalogue:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        empty = len(self) == 0
+        done = kind is None or self._holds_nothing()
         self._close()
-        if kind is None or empty:
+        if done:
             self.remove()
 
     def __len__(self) -> int:
@@ -135,6 +135,14 @@ class Catalogue:
             connection.execute("PRAGMA temp_store = FILE")
             connection.executescript(_TABLES)
         return connection
+
+    def _holds_nothing(self) -> bool:
+        # Asked of the file: an interrupt may come between a commit and the count of it.
+        try:
+            self.connection.rollback()
+            return self.connection.execute("SELECT 1 FROM records LIMIT 1").fetchone() is None
+        except sqlite3.Error:  # as of a full disk, whose error is on its way: keep what there is
+            return False
 
     def _plan(self) -> str | None:
         row = self.connection.execute("SELECT text FROM plan").fetchone()
