@@ -23,6 +23,7 @@ from crystallm_jax.cif import (
     stream_text,
     symmetrized_cif,
 )
+from crystallm_jax.cif.preprocess import _round_numbers
 
 FOLDER = Path(__file__).parent / "fixtures" / "cif"
 NAMES = ("manganite", "helium_quartz")
@@ -86,6 +87,52 @@ def test_charges_are_dropped():
     assert symmetrized_cif(structure) == plain
 
 
+def forbid(*_args, **_kwargs):
+    raise AssertionError("it was not to be called")
+
+
+def structures_of_many_groups():
+    """The first structure of each space group in the embedded corpus."""
+    from crystallm_jax.data.corpus import read_corpus
+    from crystallm_jax.data.structures import parse_structure
+
+    texts = {}
+    for record in read_corpus():
+        texts.setdefault(re.search(r"_symmetry_Int_Tables_number +(\d+)", record.text)[1], record.text)
+    return [parse_structure(text) for text in texts.values()]
+
+
+def test_one_search_finds_what_two_find(monkeypatch):
+    structures = structures_of_many_groups()
+    assert len(structures) >= 25
+    texts = [symmetrized_cif(structure) for structure in structures]
+    monkeypatch.setattr("crystallm_jax.cif.symmetry._implied_group", forbid)
+    monkeypatch.setattr("crystallm_jax.cif.symmetry._UNMOVED", -1.0)
+    assert [symmetrized_cif(structure) for structure in structures] == texts
+
+
+def test_a_moved_structure_is_searched_twice(monkeypatch):
+    structure = read_structure((FOLDER / "manganite.cif").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("crystallm_jax.cif.symmetry._searched_group", forbid)
+        symmetrized_cif(structure)
+    structure.translate_sites([0], [0.003, 0, 0])
+    monkeypatch.setattr("crystallm_jax.cif.symmetry._implied_group", forbid)
+    assert "_symmetry_Int_Tables_number   62" in symmetrized_cif(structure)
+
+
+def test_operations_are_those_of_the_refined_cell():
+    """A nearly hexagonal cell, in which only the second search finds more than the space group's operations."""
+    from pymatgen.core import Lattice, Structure
+
+    a, b, c = Lattice.from_parameters(2.5, 4.3, 3.0, 90, 94, 90).matrix
+    first = (a + b) / 2
+    lattice = Lattice([first * (1 + 0.02 / np.linalg.norm(first)), (b - a) / 2, c])
+    text = symmetrized_cif(Structure(lattice, ["C"], [[0, 0, 0]]))
+    assert "_symmetry_space_group_name_H-M   P2/m" in text
+    assert len(re.findall(r"^  \d+  '", text, flags=re.MULTILINE)) > len(spacegroup_operations("P2/m"))
+
+
 def refused_structures():
     from pymatgen.core import Lattice, Structure
 
@@ -146,6 +193,31 @@ def test_rounding():
     text = SYMMETRIZED.replace("5.74000000", "-0.00001 1.5 12345 .5 1.23456e-2 2.00007 1e5 0.12346")
     assert "a   -0.0000 1.5 12345 .5 0.0123 2.0001 1e5 0.1235" in preprocess_cif(text)
     assert "_cell_length_b   7.69\n" in preprocess_cif(SYMMETRIZED, decimal_places=2)
+    assert "_cell_length_b   8\n" in preprocess_cif(SYMMETRIZED, decimal_places=0)
+
+
+NUMBER = re.compile(r"[-+]?\d*\.\d+([eE][-+]?\d+)?")
+
+
+def rounded_plainly(text, decimal_places):
+    """Each number that the published pattern finds, one after the other."""
+
+    def rounded(match):
+        if len(match[0].split(".")[-1]) <= decimal_places:
+            return match[0]
+        return f"{round(float(match[0]), decimal_places):.{decimal_places}f}"
+
+    return NUMBER.sub(rounded, text)
+
+
+NUMBER_LIKE = st.from_regex(r"\A[-+]?[0-9]{0,7}\.?[0-9]{0,12}([eE][-+]?[0-9]{1,3})?\Z")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NUMBER_LIKE | st.sampled_from([" ", "  ", "\n", "x", "."]), max_size=12), st.integers(0, 9))
+def test_rounding_is_the_published_one(parts, decimal_places):
+    text = "".join(parts)
+    assert _round_numbers(text, decimal_places) == rounded_plainly(text, decimal_places)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +237,7 @@ def test_texts_that_cannot_be_preprocessed(old, new, message):
         preprocess_cif(SYMMETRIZED.replace(old, new))
 
 
-def test_settings_that_cannot_be_honoured():
-    with pytest.raises(CIFError, match="oxidation_states=True cannot be honoured"):
-        preprocess_cif(SYMMETRIZED, oxidation_states=True)
+def test_decimal_places_have_limits():
     with pytest.raises(CIFError, match="decimal_places=-1"):
         preprocess_cif(SYMMETRIZED, decimal_places=-1)
 

@@ -1,10 +1,17 @@
 """From a symmetrised CIF to the standardised text that is tokenised."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 from crystallm_jax.cif.elements import ELEMENTS
 from crystallm_jax.cif.formula import parse_formula
+from crystallm_jax.cif.oxidation import (
+    complete_oxidation_states,
+    printed_radius,
+    printed_state,
+    take_oxidation_states,
+)
 from crystallm_jax.cif.vocabulary import SPACEGROUP_TAG
 from crystallm_jax.errors import CIFError
 
@@ -12,8 +19,11 @@ _FORMULA_UNITS = re.compile(r"_cell_formula_units_Z\s+([.0-9]+)")
 _FORMULA_LINE = re.compile(r"_chemical_formula_sum\s+(.+)\n")
 _FORMULA_SUM = re.compile(r"_chemical_formula_sum\s+(?:'([^']+)'|(\S+))")
 _DATA_LINE = re.compile(r"data_.*?\n")
-_OPERATIONS = re.compile(r"(_symmetry_equiv_pos_as_xyz\n).*?(?=\n(?:\S| \S))", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?\d*\.\d+([eE][-+]?\d+)?")
+_OPERATIONS_TAG = "_symmetry_equiv_pos_as_xyz\n"
+_OPERATIONS_END = re.compile(r"\n(?:\S| \S)")
+_IDENTITY_ROW = "  1  'x, y, z'"
+_DIGITS = "0123456789"
+_SIGNS = frozenset("+-")
 
 _PROPERTY_HEADER = """loop_
  _atom_type_symbol
@@ -23,22 +33,40 @@ _PROPERTY_HEADER = """loop_
 """
 
 
-def property_block(symbols: Iterable[str]) -> str:
+_OXIDATION_KEY = " _atom_type_oxidation_number\n"
+_PROPERTY_ROWS = {
+    e.symbol: (
+        e.property_sort_key,
+        f"  {e.symbol}  {e.printed_electronegativity}  {e.printed_atomic_radius}  {e.printed_ionic_radius}",
+    )
+    for e in ELEMENTS.values()
+}
+
+
+def property_block(symbols: Iterable[str], oxidation_states: Mapping[str, float] | None = None) -> str:
     """The loop of element properties: symbol, electronegativity, atomic radius, average ionic radius.
 
-    Sorted by electronegativity; it ends without a line end.
+    Sorted by electronegativity; it ends without a line end. With the oxidation state of each element these
+    are a last column, and the ionic radii those of the states, by the table of the installed pymatgen.
 
     Raises:
-        KeyError: a symbol outside `ELEMENTS`.
+        KeyError: a symbol outside `ELEMENTS`, or without a state where states are given.
     """
+    if oxidation_states is None:
+        rows = [row for _, row in sorted([_PROPERTY_ROWS[symbol] for symbol in symbols])]
+        return _PROPERTY_HEADER + "\n".join(rows)
     elements = sorted((ELEMENTS[symbol] for symbol in symbols), key=lambda element: element.property_sort_key)
-    return _PROPERTY_HEADER + "\n".join(
-        f"  {e.symbol}  {e.printed_electronegativity}  {e.printed_atomic_radius}  {e.printed_ionic_radius}"
-        for e in elements
-    )
+    rows = []
+    for e in elements:
+        state = oxidation_states[e.symbol]
+        fields = (e.symbol, e.printed_electronegativity, e.printed_atomic_radius)
+        rows.append("  ".join(("", *fields, printed_radius(e.symbol, state), printed_state(state))))
+    return _PROPERTY_HEADER + _OXIDATION_KEY + "\n".join(rows)
 
 
-def preprocess_cif(text: str, decimal_places: int = 4, oxidation_states: bool = False) -> str:
+def preprocess_cif(
+    text: str, decimal_places: int = 4, oxidation_states: bool | Mapping[str, float] = False
+) -> str:
     """Standardise a symmetrised CIF text, as the published preparation does.
 
     In this order: the whole-cell formula on the `data_` line; the operations cut to the identity; the block
@@ -47,25 +75,33 @@ def preprocess_cif(text: str, decimal_places: int = 4, oxidation_states: bool = 
     Args:
         text: what `symmetrized_cif` gives.
         decimal_places: decimals that stay.
-        oxidation_states: see the errors.
+        oxidation_states: give the property block a last column `_atom_type_oxidation_number`, and the ionic
+            radius of that state. True takes what the text states (a loop of oxidation numbers, or charged
+            site symbols such as `Na+`; the charges go from the text) and otherwise guesses the likeliest
+            states that balance the formula, by pymatgen, 0 for an element alone; a mapping of symbols to
+            states is taken as it is, for texts such as those of `symmetrized_cif`, which state none. An
+            element in several states has their mean, and its average radius. States and radii guessed or
+            looked up are those of the installed pymatgen.
 
     Raises:
         CIFError: number of formula units, formula or space group missing, an element without a token, counts
-            that are not whole; or oxidation states asked for: the published procedure reads them from the
-            formula sum, where no CIF has them, and no released corpus holds any.
+            that are not whole; no oxidation states that balance, or an element that the mapping lacks.
     """
-    if oxidation_states:
-        raise CIFError(
-            "oxidation_states=True cannot be honoured: a CIF's _chemical_formula_sum carries no charges, and "
-            "there is no published text with _atom_type_oxidation_number to equal; leave it out"
-        )
     if not 0 <= decimal_places <= 15:
         raise CIFError(f"decimal_places={decimal_places} is outside 0 to 15")
+    stated: Mapping[str, float] | None = None
+    if oxidation_states is not False:
+        text, stated = take_oxidation_states(text)
     _check_formula_units(text)
     text = _name_by_formula(text)
-    text = _OPERATIONS.sub(r"\1  1  'x, y, z'", text)
-    text = _insert_properties(text)
-    return _NUMBER.sub(lambda number: _rounded(number[0], decimal_places), text)
+    text = _cut_operations(text)
+    counts = _formula_counts(text)
+    if isinstance(oxidation_states, Mapping):
+        stated = _states_of(counts, oxidation_states)
+    elif stated is not None:
+        stated = complete_oxidation_states(counts, stated)
+    text = _insert_block(text, property_block(counts, stated))
+    return _round_numbers(text, decimal_places)
 
 
 def stream_text(preprocessed: str) -> str:
@@ -97,21 +133,82 @@ def _name_by_formula(text: str) -> str:
             "_chemical_formula_sum is missing: symmetrise the structure with symmetrized_cif first"
         )
     formula = match[1].replace("'", "").replace(" ", "")
-    return _DATA_LINE.sub(lambda _: f"data_{formula}\n", text)
+    return f"data_{formula}\n".join(_DATA_LINE.split(text))
 
 
-def _insert_properties(text: str) -> str:
+def _formula_counts(text: str) -> dict[str, int]:
     match = _FORMULA_SUM.search(text)
     if match is None:
         raise CIFError("_chemical_formula_sum is empty: symmetrise the structure with symmetrized_cif first")
-    block = property_block(parse_formula(match[1] or match[2]))
+    return parse_formula(match[1] or match[2])
+
+
+def _states_of(counts: Mapping[str, int], given: Mapping[str, float]) -> Mapping[str, float]:
+    missing = ", ".join(symbol for symbol in counts if symbol not in given)
+    if missing:
+        raise CIFError(f"oxidation_states lacks {missing}: give every element of the cell one")
+    return given
+
+
+def _insert_block(text: str, block: str) -> str:
     before, tag, after = text.partition(SPACEGROUP_TAG)
     if not tag:
         raise CIFError(f"{SPACEGROUP_TAG} is missing: symmetrise the structure with symmetrized_cif first")
     return f"{before}{block}\n{tag}{after}"
 
 
-def _rounded(number: str, decimal_places: int) -> str:
-    if len(number.rsplit(".", maxsplit=1)[-1]) <= decimal_places:
-        return number
-    return f"{round(float(number), decimal_places):.{decimal_places}f}"
+def _cut_operations(text: str) -> str:
+    """The text with the identity alone after each tag of operations, up to the next line of another kind."""
+    parts = []
+    rest = 0
+    while (found := text.find(_OPERATIONS_TAG, rest)) >= 0:
+        rows = found + len(_OPERATIONS_TAG)
+        end = _OPERATIONS_END.search(text, rows)
+        if end is None:
+            break
+        parts += [text[rest:rows], _IDENTITY_ROW]
+        rest = end.start()
+    return "".join([*parts, text[rest:]])
+
+
+def _round_numbers(text: str, decimal_places: int) -> str:
+    """The text with numbers of more decimals rounded; an exponent counts among the decimals, as published."""
+    # Nearly all numbers stand behind two blanks and before white space: found whole, and written at once.
+    parts = _column_number(decimal_places).split(text)
+    numbers = parts[1::2]
+    row = f"|  %.{decimal_places}f" * len(numbers) % tuple(map(float, numbers))
+    parts[1::2] = row.split("|")[1:]
+    text = "".join(parts)
+    fraction = _long_fraction(decimal_places)
+    return _round_others(text, decimal_places, fraction=fraction) if fraction.search(text) else text
+
+
+def _round_others(text: str, decimal_places: int, *, fraction: re.Pattern[str]) -> str:
+    """Round numbers wherever they stand: found by their fractions, the whole part is the end of what precedes.
+
+    A pattern of the whole number would be tried at every digit of the text.
+    """
+    parts = fraction.split(text)
+    for i in range(1, len(parts), 2):
+        before, decimals = parts[i - 1 : i + 1]
+        if len(decimals) - 1 <= decimal_places:
+            continue
+        head = before.rstrip(_DIGITS)
+        if head[-1:] in _SIGNS:
+            head = head[:-1]
+        elif head[-1:] == ".":
+            # What stands before is a fraction itself, as in 1.5.123456.
+            head = before
+        parts[i - 1] = head
+        parts[i] = f"{float(before[len(head) :] + decimals):.{decimal_places}f}"
+    return "".join(parts)
+
+
+@cache
+def _column_number(decimal_places: int) -> re.Pattern[str]:
+    return re.compile(rf"(  -?[0-9]++\.[0-9]{{{decimal_places + 1},}}+)(?=\s)")
+
+
+@cache
+def _long_fraction(decimal_places: int) -> re.Pattern[str]:
+    return re.compile(rf"(\.(?:[0-9]++[eE][-+]?[0-9]+|[0-9]{{{decimal_places + 1},}}))")
