@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_jax.data import Record, archives, read_records
+from crystallm_jax.data import Record, read_records
+from crystallm_jax.data.reading import archives
 from crystallm_jax.errors import DataError
 
 TEXT = "data_NaCl\n_cell_length_a 4\n"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_jax.data.catalogue import Catalogue, Row
-from crystallm_jax.data.pipeline import Dropped, Key, Prepared
+from crystallm_jax.data.preparing.catalogue import Catalogue, Row
+from crystallm_jax.data.preparing.pipeline import Dropped, Key, Prepared
 from crystallm_jax.errors import DataError
 
 PLAN = {"inputs": ["a.csv"], "symprec": 0.1}

@@ -24,8 +24,8 @@ from crystallm_jax.cif import CIFError
 from crystallm_jax.cli import main
 from crystallm_jax.cli import sample as sample_verb
 from crystallm_jax.convert.folder import write_folder
-from crystallm_jax.data.executors import Execution
 from crystallm_jax.data.prepare import prepare
+from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.model import ModelConfig, init_params
 
 ROOT = Path(__file__).parents[1]

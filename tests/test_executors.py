@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_jax.data.executors import Execution
 from crystallm_jax.data.prepare import prepare
+from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.errors import DataError
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.data.feed import Feed, PackedRows, WindowRows, evaluation_batches, open_feed, open_rows
 from crystallm_jax.data.packing import Batch
+from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import TokenStore
-from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import DataError
 
 BLOCK = 15

@@ -14,10 +14,10 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.ase import AseAtomsAdaptor
 
 from crystallm_jax.cif import CIFError, symmetrized_cif
-from crystallm_jax.data.frames import structure_of
 from crystallm_jax.data.readers import read_records
+from crystallm_jax.data.reading.frames import structure_of
+from crystallm_jax.data.reading.structures import parse_structure
 from crystallm_jax.data.record import Form, Record
-from crystallm_jax.data.structures import parse_structure
 
 NAMES = ("rocksalt", "perovskite", "halite_symmetric")
 

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from crystallm_jax.data.guards import MAX_CHARACTERS
-from crystallm_jax.data.structures import parse_structure
+from crystallm_jax.data.reading.guards import MAX_CHARACTERS
+from crystallm_jax.data.reading.structures import parse_structure
 from crystallm_jax.errors import CIFError
 from crystallm_jax.evaluation import parse_structure as parse_for_judgement
 

@@ -18,7 +18,7 @@ from crystallm_jax.data import TokenStore
 from crystallm_jax.data import describe as describe_module
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.describe import describe
-from crystallm_jax.data.writer import StoreWriter
+from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.errors import DataError
 
 TOKENIZER = CIFTokenizer()

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crystallm_jax.data import pickles
-from crystallm_jax.data.offsets import read_offsets
-from crystallm_jax.data.pickles import iterate_list, read_value
+from crystallm_jax.data.reading import pickles
+from crystallm_jax.data.reading.offsets import read_offsets
+from crystallm_jax.data.reading.pickles import iterate_list, read_value
 from crystallm_jax.errors import DataError
 
 PAIRS = [(f"mp-{i}", f"data_{i}\n_cell_length_a {i * 1.5}\n") for i in range(3)]

@@ -14,12 +14,12 @@ from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text, symmetr
 from crystallm_jax.cli import prepare as verb
 from crystallm_jax.data import Record, TokenStore
 from crystallm_jax.data import prepare as prepare_module
-from crystallm_jax.data.executors import Execution
-from crystallm_jax.data.pipeline import Dropped, Prepared, Recipe, prepare_one
 from crystallm_jax.data.prepare import prepare
-from crystallm_jax.data.selection import Selection
-from crystallm_jax.data.splits import PUBLISHED_SEED, PUBLISHED_SPLIT, Split
-from crystallm_jax.data.structures import parse_structure, read_plain_cell
+from crystallm_jax.data.preparing.executors import Execution
+from crystallm_jax.data.preparing.pipeline import Dropped, Prepared, Recipe, prepare_one
+from crystallm_jax.data.preparing.selection import Selection
+from crystallm_jax.data.preparing.splits import PUBLISHED_SEED, PUBLISHED_SPLIT, Split
+from crystallm_jax.data.reading.structures import parse_structure, read_plain_cell
 from crystallm_jax.errors import CIFError, ConfigError, DataError
 
 RECIPE = Recipe()

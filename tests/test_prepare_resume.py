@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_jax.data.executors import Execution
 from crystallm_jax.data.prepare import WORK_FOLDER, prepare
-from crystallm_jax.data.selection import Selection
-from crystallm_jax.data.splits import Split
+from crystallm_jax.data.preparing.executors import Execution
+from crystallm_jax.data.preparing.selection import Selection
+from crystallm_jax.data.preparing.splits import Split
 
 RECORDS = 420
 SELECTION = Selection(dedup=True, split=Split(0.2, 0.1), shuffle=True, underrepresented_below=100)
@@ -23,9 +23,9 @@ SELECTION = Selection(dedup=True, split=Split(0.2, 0.1), shuffle=True, underrepr
 SCRIPT = """
 import signal, sys
 from crystallm_jax.data import prepare as module
-from crystallm_jax.data.executors import Execution
-from crystallm_jax.data.selection import Selection
-from crystallm_jax.data.splits import Split
+from crystallm_jax.data.preparing.executors import Execution
+from crystallm_jax.data.preparing.selection import Selection
+from crystallm_jax.data.preparing.splits import Split
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     module._COMMIT_RECORDS = 48

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from crystallm_jax.cif import UNCONDITIONAL_PROMPT, make_prompt
-from crystallm_jax.data.executors import Execution
 from crystallm_jax.data.prepare import prepare
+from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.errors import CIFError, DataError, SamplingError
 from crystallm_jax.sampling.prompts import (
     Prompt,

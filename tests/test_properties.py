@@ -23,8 +23,8 @@ from crystallm_jax.cif import (
 from crystallm_jax.cif.vocabulary import SPACEGROUP_SUFFIX, SPACEGROUP_TAG, TOKENS, UNK_TOKEN
 from crystallm_jax.data import TokenStore
 from crystallm_jax.data.describe import describe
+from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import find_starts
-from crystallm_jax.data.writer import StoreWriter
 from crystallm_jax.errors import DataError
 
 TOKENIZER = CIFTokenizer()

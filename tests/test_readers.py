@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_jax.data import Record, read_records, tables
+from crystallm_jax.data import Record, read_records
 from crystallm_jax.data.readers import input_bytes, recognise
+from crystallm_jax.data.reading import tables
 from crystallm_jax.errors import DataError
 
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from crystallm_jax.data.executors import Execution
-from crystallm_jax.data.marks import read_pairs
-from crystallm_jax.data.pipeline import Recipe
 from crystallm_jax.data.prepare import PrepareReport, prepare
-from crystallm_jax.data.selection import Selection
-from crystallm_jax.data.splits import Split
+from crystallm_jax.data.preparing.executors import Execution
+from crystallm_jax.data.preparing.marks import read_pairs
+from crystallm_jax.data.preparing.pipeline import Recipe
+from crystallm_jax.data.preparing.selection import Selection
+from crystallm_jax.data.preparing.splits import Split
 from crystallm_jax.errors import DataError
 
 AS_THEY_ARE = Recipe(stages=())

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crystallm_jax.data.splits import PUBLISHED_SEED, Split, split_rows
+from crystallm_jax.data.preparing.splits import PUBLISHED_SEED, Split, split_rows
 from crystallm_jax.errors import ConfigError, DataError
 
 

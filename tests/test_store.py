@@ -9,7 +9,7 @@ import pytest
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.data import TokenStore, store
-from crystallm_jax.data.writer import StoreWriter
+from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.errors import DataError
 
 TEXTS = [

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from crystallm_jax.data import Record, extxyz, read_records, streams, tables
-from crystallm_jax.data.texts import find_id_column, value_id
+from crystallm_jax.data import Record, read_records
+from crystallm_jax.data.reading import extxyz, streams, tables
+from crystallm_jax.data.reading.texts import find_id_column, value_id
 from crystallm_jax.errors import DataError
 
 SITES = {

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from crystallm_jax.data.prepare import PrepareReport
 
 _SHOWN_REASONS = 10
-# As in `crystallm_jax.data.splits` and `.pipeline`, which are not imported for --help.
+# As in `crystallm_jax.data.preparing.splits` and `.pipeline`, which are not imported for --help.
 _PUBLISHED_SPLIT = (0.10, 0.0045)
 _PUBLISHED_SEED = 20230610
 _STAGES = ("symmetrise", "preprocess", "tokenise")
@@ -177,11 +177,11 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: likewise.
     """
     # Here, not above: they need pymatgen, which --help does not.
-    from crystallm_jax.data.executors import Execution  # noqa: PLC0415
-    from crystallm_jax.data.pipeline import Recipe  # noqa: PLC0415
     from crystallm_jax.data.prepare import prepare  # noqa: PLC0415
-    from crystallm_jax.data.selection import Selection  # noqa: PLC0415
-    from crystallm_jax.data.splits import Split  # noqa: PLC0415
+    from crystallm_jax.data.preparing.executors import Execution  # noqa: PLC0415
+    from crystallm_jax.data.preparing.pipeline import Recipe  # noqa: PLC0415
+    from crystallm_jax.data.preparing.selection import Selection  # noqa: PLC0415
+    from crystallm_jax.data.preparing.splits import Split  # noqa: PLC0415
 
     report = prepare(
         args.inputs,

@@ -82,8 +82,8 @@ def _prepare_embedded(out_dir: Path) -> Path:
     """Prepare the corpus in the package into a run folder, unless it is there already."""
     # Here, not above: pymatgen is needed for this alone.
     from crystallm_jax.data.prepare import prepare  # noqa: PLC0415
-    from crystallm_jax.data.selection import Selection  # noqa: PLC0415
-    from crystallm_jax.data.splits import Split  # noqa: PLC0415
+    from crystallm_jax.data.preparing.selection import Selection  # noqa: PLC0415
+    from crystallm_jax.data.preparing.splits import Split  # noqa: PLC0415
 
     folder = out_dir / "dataset"
     if not (folder / "meta.json").is_file():

@@ -15,8 +15,8 @@ import numpy as np
 
 from crystallm_jax.cif import ELEMENTS, SPACEGROUPS, CIFTokenizer
 from crystallm_jax.cif.vocabulary import SPACEGROUP_SUFFIX, TOKENS
+from crystallm_jax.data.reading.tokenfiles import unpacked_folder
 from crystallm_jax.data.store import SPLITS, TOKEN_DTYPE, StoreHeader, TokenStore, read_header
-from crystallm_jax.data.tokenfiles import unpacked_folder
 from crystallm_jax.errors import DataError
 
 CONTEXTS = (1024, 2048)

@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crystallm_jax import __version__
-from crystallm_jax.data import executors
-from crystallm_jax.data.catalogue import Catalogue, Row
-from crystallm_jax.data.executors import Execution
-from crystallm_jax.data.inputs import Inputs
-from crystallm_jax.data.marks import read_pairs
-from crystallm_jax.data.pipeline import Dropped, Recipe
-from crystallm_jax.data.progress import Progress
-from crystallm_jax.data.selection import (
+from crystallm_jax.data.preparing import executors
+from crystallm_jax.data.preparing.catalogue import Catalogue, Row
+from crystallm_jax.data.preparing.executors import Execution
+from crystallm_jax.data.preparing.inputs import Inputs
+from crystallm_jax.data.preparing.marks import read_pairs
+from crystallm_jax.data.preparing.pipeline import Dropped, Recipe
+from crystallm_jax.data.preparing.progress import Progress
+from crystallm_jax.data.preparing.selection import (
     Drop,
     Selection,
     count_drops,
@@ -40,8 +40,8 @@ from crystallm_jax.data.selection import (
     selected,
     unusable_references,
 )
+from crystallm_jax.data.preparing.writer import StoreWriter, TextWriter, refuse_foreign
 from crystallm_jax.data.store import SplitHeader, StoreHeader
-from crystallm_jax.data.writer import StoreWriter, TextWriter, refuse_foreign
 from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.processes import terminate_as_interrupt
 

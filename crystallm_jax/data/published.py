@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.data.archives import MemberStream, tar_members
-from crystallm_jax.data.pickles import read_value
+from crystallm_jax.data.reading.archives import MemberStream, tar_members
+from crystallm_jax.data.reading.pickles import read_value
+from crystallm_jax.data.reading.streams import LARGEST_TEXT
+from crystallm_jax.data.reading.texts import is_cif_name
+from crystallm_jax.data.reading.tokenfiles import BINS, KNOWN, META, check_meta, is_tar_file
 from crystallm_jax.data.record import Record
 from crystallm_jax.data.store import SPLITS, TOKEN_DTYPE, TokenStore, find_starts
-from crystallm_jax.data.streams import LARGEST_TEXT
-from crystallm_jax.data.texts import is_cif_name
-from crystallm_jax.data.tokenfiles import BINS, KNOWN, META, check_meta, is_tar_file
 from crystallm_jax.errors import CIFError, DataError
 
 _CHUNK = 1 << 22

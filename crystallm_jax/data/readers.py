@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from crystallm_jax.data.archives import is_tar, read_tar, read_zip
-from crystallm_jax.data.extxyz import looks_like_frames, read_extxyz
-from crystallm_jax.data.record import Record
-from crystallm_jax.data.streams import (
+from crystallm_jax.data.reading.archives import is_tar, read_tar, read_zip
+from crystallm_jax.data.reading.extxyz import looks_like_frames, read_extxyz
+from crystallm_jax.data.reading.streams import (
     DAMAGE,
     LARGEST_TEXT,
     Meter,
@@ -24,8 +23,9 @@ from crystallm_jax.data.streams import (
     open_unpacked,
     unreadable,
 )
-from crystallm_jax.data.tables import read_csv, read_jsonl, read_parquet, read_pickle
-from crystallm_jax.data.texts import cif_records, decode_cif, is_cif_name, name_id, split_blocks
+from crystallm_jax.data.reading.tables import read_csv, read_jsonl, read_parquet, read_pickle
+from crystallm_jax.data.reading.texts import cif_records, decode_cif, is_cif_name, name_id, split_blocks
+from crystallm_jax.data.record import Record
 from crystallm_jax.errors import DataError
 
 SUPPORTED = (

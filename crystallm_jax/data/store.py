@@ -18,7 +18,7 @@ import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.cif.vocabulary import vocabulary_sha256
-from crystallm_jax.data.tokenfiles import (
+from crystallm_jax.data.reading.tokenfiles import (
     STARTS,
     UNDERREPRESENTED,
     check_vocabulary,

@@ -12,7 +12,7 @@ from pymatgen.core import Structure
 from pymatgen.core.operations import SymmOp
 from pymatgen.io.cif import CifBlock, CifParser
 
-from crystallm_jax.data.guards import check_lattice, check_transformation, count_sites
+from crystallm_jax.data.reading.guards import check_lattice, check_transformation, count_sites
 from crystallm_jax.errors import CIFError
 from crystallm_jax.evaluation.report import one_line
 

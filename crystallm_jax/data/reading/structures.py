@@ -16,7 +16,14 @@ from pymatgen.io.cif import CifParser
 
 from crystallm_jax.cif import ELEMENTS
 from crystallm_jax.cif.symmetry import MAX_ATOMS
-from crystallm_jax.data.guards import CELL, THIN, check_block, check_lattice, readable_text, refuse_too_many
+from crystallm_jax.data.reading.guards import (
+    CELL,
+    THIN,
+    check_block,
+    check_lattice,
+    readable_text,
+    refuse_too_many,
+)
 from crystallm_jax.errors import CIFError
 
 _IDENTITY = re.compile(r"\s*(?:1\s+)?(['\"]?)x,\s*y,\s*z\1\s*")

@@ -4,8 +4,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
+from crystallm_jax.data.reading.streams import DAMAGE, LARGEST_TEXT, one_line, unpack_bytes
 from crystallm_jax.data.record import Record
-from crystallm_jax.data.streams import DAMAGE, LARGEST_TEXT, one_line, unpack_bytes
 from crystallm_jax.errors import DataError
 
 _SUFFIX = re.compile(r"\.cif(\.gz|\.xz)?$", re.IGNORECASE)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pebble import ProcessPool
 
-from crystallm_jax.data.pipeline import Dropped, Outcome, Recipe, prepare_batch, warm_up
+from crystallm_jax.data.preparing.pipeline import Dropped, Outcome, Recipe, prepare_batch, warm_up
 from crystallm_jax.data.record import Record
 from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.processes import SPAWN, usable_cores

@@ -17,8 +17,8 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_jax.cif import ELEMENTS
 from crystallm_jax.cif.symmetry import MAX_ATOMS
+from crystallm_jax.data.reading.structures import parse_structure
 from crystallm_jax.data.record import Record
-from crystallm_jax.data.structures import parse_structure
 from crystallm_jax.errors import CIFError
 
 _OCCUPANCY_TOLERANCE = 1e-8

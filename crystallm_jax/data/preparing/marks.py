@@ -8,9 +8,9 @@ from typing import Any
 
 from crystallm_jax.cif.formula import cell_formula, parse_formula
 from crystallm_jax.cif.spacegroups import find_spacegroup
-from crystallm_jax.data.pickles import iterate_list
-from crystallm_jax.data.selection import Pair
-from crystallm_jax.data.streams import DAMAGE, open_unpacked
+from crystallm_jax.data.preparing.selection import Pair
+from crystallm_jax.data.reading.pickles import iterate_list
+from crystallm_jax.data.reading.streams import DAMAGE, open_unpacked
 from crystallm_jax.errors import CIFError, DataError
 
 _PICKLE = b"\x80"

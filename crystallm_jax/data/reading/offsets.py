@@ -6,7 +6,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from crystallm_jax.data.pickles import read_whole, refusal
+from crystallm_jax.data.reading.pickles import read_whole, refusal
 
 _LARGEST = 2**30
 # Bytes of the opcodes PROTO, FRAME, MEMOIZE, BINPUT and LONG_BINPUT, which put nothing into the list.

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crystallm_jax.data.pickles import iterate_list
-from crystallm_jax.data.record import Record
-from crystallm_jax.data.streams import (
+from crystallm_jax.data.reading.pickles import iterate_list
+from crystallm_jax.data.reading.streams import (
     DAMAGE,
     LARGEST_TEXT,
     OnBytes,
@@ -19,7 +18,8 @@ from crystallm_jax.data.streams import (
     read_lines,
     unreadable,
 )
-from crystallm_jax.data.texts import find_id_column, is_text, text_record, value_id
+from crystallm_jax.data.reading.texts import find_id_column, is_text, text_record, value_id
+from crystallm_jax.data.record import Record
 from crystallm_jax.errors import DataError
 
 STRUCTURE_COLUMNS = ("lattice_vectors", "species_at_sites", "cartesian_site_positions")

@@ -9,7 +9,7 @@ import pickletools
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final
 
-from crystallm_jax.data.streams import DAMAGE, LARGEST_TEXT, one_line
+from crystallm_jax.data.reading.streams import DAMAGE, LARGEST_TEXT, one_line
 from crystallm_jax.errors import DataError
 
 MOST_WAITING = 512 * 2**20

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from crystallm_jax.data.splits import PUBLISHED_SEED, Split, SplitBy, split_rows
+from crystallm_jax.data.preparing.splits import PUBLISHED_SEED, Split, SplitBy, split_rows
 from crystallm_jax.data.store import SPLITS
 from crystallm_jax.errors import ConfigError, DataError
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.cif.vocabulary import TOKENS
-from crystallm_jax.data.archives import is_tar, tar_members
-from crystallm_jax.data.offsets import read_offsets
-from crystallm_jax.data.pickles import read_value
-from crystallm_jax.data.streams import DAMAGE, one_line, open_unpacked, unreadable
+from crystallm_jax.data.reading.archives import is_tar, tar_members
+from crystallm_jax.data.reading.offsets import read_offsets
+from crystallm_jax.data.reading.pickles import read_value
+from crystallm_jax.data.reading.streams import DAMAGE, one_line, open_unpacked, unreadable
 from crystallm_jax.errors import DataError
 
 META = "meta.pkl"

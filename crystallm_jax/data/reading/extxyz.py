@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from crystallm_jax.data.record import Record
-from crystallm_jax.data.streams import (
+from crystallm_jax.data.reading.streams import (
     DAMAGE,
     LARGEST_TEXT,
     OnBytes,
@@ -14,7 +13,8 @@ from crystallm_jax.data.streams import (
     read_lines,
     unreadable,
 )
-from crystallm_jax.data.texts import find_id_column, is_text, value_id
+from crystallm_jax.data.reading.texts import find_id_column, is_text, value_id
+from crystallm_jax.data.record import Record
 from crystallm_jax.errors import DataError
 
 _PAIR = re.compile(r"""(?:^|\s)([^\s=,"']+)\s*=\s*("(?:[^"\\]|\\.)*"|'[^']*'|\{[^}]*\}|[^\s"'{]\S*)""")

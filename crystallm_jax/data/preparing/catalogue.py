@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from crystallm_jax.data.pipeline import Dropped, Outcome
-from crystallm_jax.data.staging import make_folder, remove_empty, writing
+from crystallm_jax.data.preparing.pipeline import Dropped, Outcome
+from crystallm_jax.data.preparing.staging import make_folder, remove_empty, writing
 from crystallm_jax.errors import DataError
 
 _CACHE_KIB = 65_536

@@ -186,7 +186,7 @@ def _check_form(record: Record, recipe: Recipe, *, ready: bool) -> None:
 
 
 def _structure(record: Record) -> "Structure":
-    from crystallm_jax.data.frames import structure_of  # noqa: PLC0415  pymatgen, for this stage alone
+    from crystallm_jax.data.reading.frames import structure_of  # noqa: PLC0415  pymatgen, for this stage alone
 
     return structure_of(record)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.cif.vocabulary import vocabulary_sha256
-from crystallm_jax.data.staging import Staging, writing
+from crystallm_jax.data.preparing.staging import Staging, writing
 from crystallm_jax.data.store import FORMAT, SPLITS, TOKEN_DTYPE, SplitHeader, StoreHeader
 from crystallm_jax.errors import DataError
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from crystallm_jax.data.record import Record
-from crystallm_jax.data.streams import (
+from crystallm_jax.data.reading.streams import (
     DAMAGE,
     LARGEST_TEXT,
     OnBytes,
@@ -23,7 +22,8 @@ from crystallm_jax.data.streams import (
     open_unpacked,
     unreadable,
 )
-from crystallm_jax.data.texts import cif_records, is_cif_name, name_id
+from crystallm_jax.data.reading.texts import cif_records, is_cif_name, name_id
+from crystallm_jax.data.record import Record
 from crystallm_jax.errors import DataError
 
 _BLOCK = 512

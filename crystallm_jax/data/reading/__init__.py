@@ -1,0 +1,1 @@
+"""What a user has on disk: archives, tables, pickles and frames as records, and records as structures."""
