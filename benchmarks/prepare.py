@@ -38,7 +38,7 @@ from tokenizer import published_encode
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text, symmetrized_cif
 from crystallm_jax.data.corpus import corpus_path
 from crystallm_jax.data.readers import read_records
-from crystallm_jax.data.structures import parse_structure
+from crystallm_jax.data.reading.structures import parse_structure
 from crystallm_jax.errors import CIFError, DataError
 
 BATCH = 50

@@ -2,9 +2,9 @@
 
     python benchmarks/prepare_memory.py [--records 30000 300000] [--workers 2] [--format jsonl.gz] [--out FILE]
 
-Each record is a two-atom cell of a random pair of elements with a random lattice constant; the run deduplicates,
-splits by formula and shuffles, so that everything that looks at all records is in it. Memory is the proportional set
-size (PSS) of the process and its workers, read every half second; Linux only.
+Each record is a triclinic cell of two atoms, of random elements and lengths (its symmetry is found quickly); the run
+deduplicates, splits by formula and shuffles, so that everything that looks at all records is in it. Memory is the
+proportional set size (PSS) of the process and its workers, read every half second; Linux only.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from crystallm_jax.cif import ELEMENTS
 
 CELL = """data_{a}{b}
 _symmetry_space_group_name_H-M   'P 1'
-_cell_length_a   {length:.8f}
-_cell_length_b   {length:.8f}
-_cell_length_c   {length:.8f}
-_cell_angle_alpha   {angle}
-_cell_angle_beta   {angle}
-_cell_angle_gamma   {angle}
+_cell_length_a   {lengths[0]:.8f}
+_cell_length_b   {lengths[1]:.8f}
+_cell_length_c   {lengths[2]:.8f}
+_cell_angle_alpha   81.0
+_cell_angle_beta   90.0
+_cell_angle_gamma   76.0
 _symmetry_Int_Tables_number   1
 _chemical_formula_structural   {a}{b}
 _chemical_formula_sum   '{a}1 {b}1'
@@ -60,7 +60,7 @@ def crystals(count: int) -> Iterator[tuple[str, str]]:
     symbols = sorted(set(ELEMENTS) - {"He", "Ne", "Ar"})
     for i in range(count):
         a, b = rng.sample(symbols, 2)
-        yield f"synthetic-{i}", CELL.format(a=a, b=b, length=rng.uniform(3, 6), angle=rng.choice((60, 90)))
+        yield f"synthetic-{i}", CELL.format(a=a, b=b, lengths=[rng.uniform(3, 6) for _ in range(3)])
 
 
 def write_crystals(path: Path, count: int) -> None:

@@ -94,7 +94,7 @@ def forbid(*_args, **_kwargs):
 def structures_of_many_groups():
     """The first structure of each space group in the embedded corpus."""
     from crystallm_jax.data.corpus import read_corpus
-    from crystallm_jax.data.structures import parse_structure
+    from crystallm_jax.data.reading.structures import parse_structure
 
     texts = {}
     for record in read_corpus():

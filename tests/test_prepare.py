@@ -191,6 +191,20 @@ def test_an_oxidation_loop_does_not_make_a_text_prepared(cifs: Path) -> None:
     assert outcome.key[:4] == ("Na4Cl4", "Fm-3m", "Cl1Na1", 4)
 
 
+def test_oxidation_states_are_those_that_the_text_states_or_guessed(cifs: Path) -> None:
+    loop = "loop_\n_atom_type_symbol\n_atom_type_oxidation_number\nNa 0.5\nCl -0.5\n"
+    text = (cifs / "halite_symmetric.cif").read_text()
+    stated = text.replace("loop_\n_atom_site", loop + "loop_\n_atom_site")
+    recipe = Recipe(oxidation_states=True)
+    for source, state in ((text, "1.0"), (stated, "0.5")):
+        outcome = prepare_one(Record("x", source), recipe)
+        assert isinstance(outcome, Prepared)
+        written = CIFTokenizer().decode(np.frombuffer(outcome.payload, "<u2").tolist())
+        assert "_atom_type_oxidation_number\n" in written
+        (row,) = [line for line in written.splitlines() if line.startswith("Na ") and len(line.split()) == 5]
+        assert row.split()[-1] == state
+
+
 def test_nothing_kept_is_an_error_and_leaves_nothing(cifs: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 1 records can be kept; most often \(1\), at 'parse'"):
         prepare([cifs / "partial.cif"], tmp_path / "out", execution=ALONE, progress=False)

@@ -33,8 +33,8 @@ from crystallm_jax.cif import (
     symmetrized_cif,
 )
 from crystallm_jax.data import read_records
-from crystallm_jax.data import structures as reader
 from crystallm_jax.data.corpus import read_corpus
+from crystallm_jax.data.reading import structures as reader
 from crystallm_jax.errors import CIFError
 from crystallm_jax.evaluation import validate
 from crystallm_jax.processes import SPAWN

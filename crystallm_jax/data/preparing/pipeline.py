@@ -6,13 +6,14 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text, symmetrized_cif
 from crystallm_jax.cif.formula import parse_formula
+from crystallm_jax.cif.oxidation import take_oxidation_states
 from crystallm_jax.data.record import Record
 from crystallm_jax.errors import CIFError, ConfigError
 
@@ -143,15 +144,17 @@ def prepare_one(record: Record, recipe: Recipe) -> Outcome:
         text = record.text
         ready = record.form == "cif" and _PREPARED.search(text) is not None
         _check_form(record, recipe, ready=ready)
+        oxidation_states: bool | Mapping[str, float] = recipe.oxidation_states
         if "symmetrise" in recipe.stages and not ready:
             structure = _structure(record)
             stage = "symmetrise"
             text = symmetrized_cif(structure, recipe.symprec)
+            oxidation_states = recipe.oxidation_states and _oxidation_states(record, structure)
         key = _key(text)
         if "preprocess" in recipe.stages and not ready:
             stage = "preprocess"
             text = preprocess_cif(
-                text, decimal_places=recipe.decimal_places, oxidation_states=recipe.oxidation_states
+                text, decimal_places=recipe.decimal_places, oxidation_states=oxidation_states
             )
         if not recipe.gives_tokens:
             return Prepared(text.encode(), key)
@@ -189,6 +192,12 @@ def _structure(record: Record) -> "Structure":
     from crystallm_jax.data.reading.frames import structure_of  # noqa: PLC0415  pymatgen, for this stage alone
 
     return structure_of(record)
+
+
+def _oxidation_states(record: Record, structure: "Structure") -> Mapping[str, float] | bool:
+    """Those that the text states, which symmetrising drops; True, to guess them, unless it does for all elements."""
+    stated = take_oxidation_states(record.text).states if record.form == "cif" else {}
+    return stated if {element.symbol for element in structure.composition.elements} <= stated.keys() else True
 
 
 @functools.cache
