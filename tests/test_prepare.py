@@ -192,11 +192,12 @@ def test_an_oxidation_loop_does_not_make_a_text_prepared(cifs: Path) -> None:
 
 
 def test_oxidation_states_are_those_that_the_text_states_or_guessed(cifs: Path) -> None:
-    loop = "loop_\n_atom_type_symbol\n_atom_type_oxidation_number\nNa 0.5\nCl -0.5\n"
+    loop = "loop_\n_atom_type_symbol\n_atom_type_oxidation_number\nNa+ 0.5\nCl- -0.5\n"
     text = (cifs / "halite_symmetric.cif").read_text()
     stated = text.replace("loop_\n_atom_site", loop + "loop_\n_atom_site")
     recipe = Recipe(oxidation_states=True)
-    for source, state in ((text, "1.0"), (stated, "0.5")):
+    bare = text.replace("Na+", "Na").replace("Cl-", "Cl")
+    for source, state in ((text, "1.0"), (bare, "1.0"), (stated, "0.5")):
         outcome = prepare_one(Record("x", source), recipe)
         assert isinstance(outcome, Prepared)
         written = CIFTokenizer().decode(np.frombuffer(outcome.payload, "<u2").tolist())
