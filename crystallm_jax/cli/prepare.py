@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from crystallm_jax.errors import ConfigError
+
 if TYPE_CHECKING:
     from crystallm_jax.data.prepare import PrepareReport
 
@@ -23,9 +25,11 @@ A run that was killed goes on where it was when the same command is given again.
 examples:
   crystallm prepare structures.csv.gz more_cifs/ --out data/mine --dedup --split
   crystallm prepare train.csv --val val.csv --test test.csv --out data/benchmark
-  crystallm prepare cifs_v1_orig.pkl.gz --exclude mpts_52_test.csv --dedup --split --split-by formula --out data/v1
-  crystallm prepare cifs_v1_orig.pkl.gz --stages none --dedup --out data/v1_dedup       (one stage alone: texts out)
-  crystallm prepare data/v1_dedup/train.jsonl.gz --stages preprocess,tokenise --out data/v1
+  crystallm prepare *.parquet --exclude mpts_52_test.csv --dedup --split --split-by formula --out data/new
+The published cifs_v1_orig.pkl.gz is symmetrised already; one stage alone writes texts, which the next one reads:
+  crystallm prepare cifs_v1_orig.pkl.gz --stages preprocess,tokenise --dedup --split --out data/v1
+  crystallm prepare cifs_v1_orig.pkl.gz --stages none --dedup --out data/v1_dedup
+  crystallm prepare data/v1_dedup/train.jsonl.gz --stages preprocess,tokenise --split --out data/v1
 """
 
 
@@ -183,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
     from crystallm_jax.data.preparing.selection import Selection  # noqa: PLC0415
     from crystallm_jax.data.preparing.splits import Split  # noqa: PLC0415
 
+    _refuse_idle_flags(args)
     report = prepare(
         args.inputs,
         args.out,
@@ -204,6 +209,17 @@ def run(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(summary(report))
     return 0
+
+
+def _refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Refuse a flag that would do nothing without another."""
+    for flag, idle, needed in (
+        (f"--split-by {args.split_by}", args.split_by != "random" and args.split is None, "--split"),
+        (f"--exclude-by {args.exclude_by}", args.exclude_by != "structure" and not args.exclude, "--exclude"),
+        ("--ray-address", args.ray_address is not None and args.executor != "ray", "--executor ray"),
+    ):
+        if idle:
+            raise ConfigError(f"{flag} does nothing alone: give {needed} too, or leave it out")
 
 
 def summary(report: "PrepareReport") -> str:

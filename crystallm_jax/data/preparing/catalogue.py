@@ -7,6 +7,7 @@ leaves behind the last transaction is cut off when the folder is opened again. M
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple, Self
 from crystallm_jax.data.preparing.pipeline import Dropped, Outcome
 from crystallm_jax.data.preparing.staging import make_folder, remove_empty, writing
 from crystallm_jax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _CACHE_KIB = 65_536
 _COLUMNS = "place, part, id, stage, reason, offset, length, formula, spacegroup, reduced, units, volume"
@@ -86,6 +89,8 @@ class Catalogue:
         self._close()
         if done:
             self.remove()
+        elif self.folder.exists():
+            logger.info("%s: what is done is kept; the same command goes on there", self.folder.parent)
 
     def __len__(self) -> int:
         return self._count
