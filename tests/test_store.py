@@ -229,3 +229,14 @@ def test_a_pickle_in_place_of_the_offsets_is_not_run(tmp_path: Path) -> None:
     np.save(tmp_path / "train.starts.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="cannot be read"):
         TokenStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(("place", "byte"), [(10, 1), (63, 76), (12, 0), (61, 40), (59, 44)])
+def test_a_damaged_header_of_the_offsets_is_one_line(tmp_path: Path, place: int, byte: int) -> None:
+    _write(tmp_path)
+    path = tmp_path / "train.starts.npy"
+    damaged = bytearray(path.read_bytes())
+    damaged[place] = byte
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"prepare (the folder )?again"):
+        TokenStore.open(tmp_path)

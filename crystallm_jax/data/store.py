@@ -9,9 +9,11 @@ A folder holds, for each split, `SPLIT.bin` (token ids, raw little-endian uint16
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,8 @@ from crystallm_jax.errors import DataError
 FORMAT = 1
 SPLITS = ("train", "val", "test")
 TOKEN_DTYPE = np.dtype("<u2")
+# What NumPy's reader of .npy files raises on a header that is damaged.
+_DAMAGED_NPY = (OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError, TokenError, Warning)
 _SCAN_TOKENS = 1 << 24
 
 
@@ -286,8 +290,9 @@ def _checked_starts(folder: Path, split: str, *, header: StoreHeader, n_tokens: 
 def _load_offsets(path: Path) -> np.ndarray:
     """Offsets of a .npy file, int64 [N], memory-mapped."""
     try:
-        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with warnings.catch_warnings(action="error"):
+            offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _DAMAGED_NPY as error:
         raise DataError(
             f"{path} cannot be read ({' '.join(str(error).split())}): prepare the folder again"
         ) from error
