@@ -433,3 +433,18 @@ def test_evaluation_takes_every_window_where_there_are_fewer_than_asked_for(stor
     rows = np.concatenate([batch.tokens for batch in batches])
     assert len(np.unique(rows[: RECORDS - 1], axis=0)) == RECORDS - 1
     np.testing.assert_array_equal(rows[RECORDS - 1 :], rows[:4])
+    # What fills the last batch is not counted again.
+    masks = np.concatenate([batch.loss_mask for batch in batches])
+    assert masks[: RECORDS - 1].all()
+    assert not masks[RECORDS - 1 :].any()
+    assert [batch.counted for batch in batches] == [6 * BLOCK] * 3 + [2 * BLOCK]
+
+
+def test_evaluation_counts_every_packed_target_once(store: TokenStore) -> None:
+    rows = _open(store, "packed", 40)
+    expected = int(np.count_nonzero(_all(rows).loss_mask))
+    assert expected == len(store.tokens) - len(store)
+    for batch_size in (2, 3, 7):
+        batches = list(evaluation_batches(rows, batch_size=batch_size, count=100, seed=1))
+        assert sum(batch.counted for batch in batches) == expected
+        assert {batch.tokens.shape for batch in batches} == {(batch_size, 41)}

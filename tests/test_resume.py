@@ -339,15 +339,25 @@ def _evaluated(dataset: Path, source: Path, config: TrainConfig) -> float:
         windows=config.windows,
         seed=config.seed,
     )
-    batches = evaluation_batches(
-        rows, batch_size=config.batch_size, count=config.eval_iters_val, seed=config.seed
+    # Row by row: neither the size of the batches nor what fills the last one shows.
+    batches = list(
+        evaluation_batches(
+            rows, batch_size=1, count=config.eval_iters_val * config.batch_size, seed=config.seed
+        )
     )
     loss = jax.jit(batch_loss, static_argnums=0)
-    return float(np.mean([loss(weights.config, weights.params, batch) for batch in batches]))
+    losses = [loss(weights.config, weights.params, batch) for batch in batches]
+    return float(np.average(losses, weights=[batch.counted for batch in batches]))
 
 
-def test_a_run_begins_with_the_weights_of_a_model_folder(dataset: Path, tmp_path: Path) -> None:
-    model = dataclasses.replace(TINY, block_size=40).model_config(371)
+# Of four records: a last batch that is not full, and rows of three records and of one.
+@pytest.mark.parametrize(
+    ("windows", "block_size", "batch_size"), [("starts", 40, 3), ("packed", 900, 1)], ids=["starts", "packed"]
+)
+def test_a_run_begins_with_the_weights_of_a_model_folder(
+    windows: Any, block_size: int, batch_size: int, dataset: Path, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(TINY, block_size=block_size).model_config(371)
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(model, jax.random.key(9)))
     write_folder(tmp_path / "model", model, params, card="")
     config = dataclasses.replace(
@@ -355,13 +365,17 @@ def test_a_run_begins_with_the_weights_of_a_model_folder(dataset: Path, tmp_path
         dataset=str(dataset),
         out_dir=str(tmp_path / "run"),
         init_from=str(tmp_path / "model"),
-        block_size=40,
+        windows=windows,
+        block_size=block_size,
+        batch_size=batch_size,
         eval_only=True,
     )
     found = run(config).val_loss
     assert found == pytest.approx(_evaluated(dataset, tmp_path / "model", config), abs=1e-6)
     _refused(ModelError, dataclasses.replace(config, n_head=4), "n_head=2", "n_head=4")
-    _refused(ModelError, dataclasses.replace(config, block_size=41), "block_size=41")
+    _refused(
+        ModelError, dataclasses.replace(config, block_size=block_size + 1), f"block_size={block_size + 1}"
+    )
 
 
 def test_a_run_begins_with_the_weights_of_a_published_checkpoint(

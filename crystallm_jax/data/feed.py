@@ -385,10 +385,16 @@ def open_feed(
 def evaluation_batches(rows: Rows, *, batch_size: int, count: int, seed: int) -> Iterator[Batch]:
     """The same `count` batches at every evaluation, leaves [batch_size, ...]: a fixed random choice of rows.
 
-    Fewer rows than asked for are all taken once; a last incomplete batch is filled with the first rows again.
+    Fewer rows than asked for are all taken once. A last incomplete batch is filled with the first rows again, whose
+    targets do not count: weighted by `Batch.counted`, the batches' mean losses give that of the rows.
     """
-    order = np.random.default_rng(seed).permutation(len(rows))
-    needed = min(count * batch_size, -(-len(order) // batch_size) * batch_size)
-    order = np.resize(order, needed)
+    chosen = min(count * batch_size, len(rows))
+    needed = -(-chosen // batch_size) * batch_size
+    order = np.resize(np.random.default_rng(seed).permutation(len(rows)), needed)
     for first in range(0, needed, batch_size):
-        yield rows.read(order[first : first + batch_size])
+        batch = rows.read(order[first : first + batch_size])
+        if chosen < needed:
+            # It says something of the last batch alone, but all are to be compiled alike.
+            mask = np.ones(batch.tokens[:, 1:].shape, bool) if batch.loss_mask is None else batch.loss_mask
+            batch = batch._replace(loss_mask=mask & (np.arange(first, first + batch_size)[:, None] < chosen))
+        yield batch

@@ -35,6 +35,13 @@ class Batch(NamedTuple):
     positions: np.ndarray | None = None
     loss_mask: np.ndarray | None = None
 
+    @property
+    def counted(self) -> int:
+        """How many targets count, of a batch on the host."""
+        if self.loss_mask is None:
+            return self.tokens[..., 1:].size
+        return int(np.count_nonzero(self.loss_mask))
+
 
 class PackingPlan(NamedTuple):
     """Rows of records.

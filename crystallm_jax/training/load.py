@@ -69,8 +69,8 @@ def _read_run(path: Path) -> Weights:
     with Checkpoints(path / CHECKPOINTS_FOLDER) as checkpoints:
         vocab_size = int(checkpoints.describe()["vocab_size"])
         model_config = config.model_config(vocab_size)
-        # Whatever mesh it was trained on, it is read onto one device.
-        one_device = make_mesh(1, 1, jax.devices()[:1])
+        # Whatever mesh it was trained on, it is read onto one device, of this process where there are several.
+        one_device = make_mesh(1, 1, jax.local_devices()[:1])
         steps = compile_steps(config, model_config, one_device)
         state = checkpoints.restore(steps.abstract).state
     return Weights(model_config, jax.tree.map(np.asarray, state.params))

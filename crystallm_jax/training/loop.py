@@ -271,13 +271,18 @@ class _Trainer:
         return values
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        """Mean losses over fixed batches of each set that is to be evaluated."""
+        """Mean losses of the targets in fixed batches of each set that is to be evaluated."""
         config = self.config
         found = {}
         for name, (rows, count) in self.evaluated.items():
-            batches = evaluation_batches(rows, batch_size=config.batch_size, count=count, seed=config.seed)
-            losses = [self.steps.evaluate(state.params, jax.device_put(b, self.steps.batch)) for b in batches]
-            found[name] = float(np.mean(jax.device_get(losses)))
+            losses, weights = [], []
+            for batch in evaluation_batches(
+                rows, batch_size=config.batch_size, count=count, seed=config.seed
+            ):
+                placed = jax.device_put(batch, self.steps.batch)
+                losses.append(self.steps.evaluate(state.params, placed))
+                weights.append(batch.counted)
+            found[name] = float(np.average(jax.device_get(losses), weights=weights))
         return found
 
     def _save(self, state: TrainState, step: int, val_loss: float | None) -> None:
