@@ -252,3 +252,40 @@ def test_real_crystals(crystals: Path) -> None:
     records = list(read_records(crystals / "carbon_24" / "val.csv.gz"))
     assert len(records) == len({r.id for r in records}) == 300
     assert all(r.text.startswith("# generated") for r in records)
+
+
+@pytest.mark.parametrize("columns", [",CIF", ";cif", "\tcif_text"])
+def test_a_table_of_cifs_is_not_read_as_one_cif(tmp_path: Path, fixtures: Path, columns: str) -> None:
+    text = (fixtures / "data" / "rocksalt.cif").read_text()
+    path = tmp_path / "crystals.csv"
+    path.write_text(f'_id{columns}\n1{columns[0]}"{text}"\n')
+    with pytest.raises(DataError, match="no column 'cif'"):
+        read_records(path)
+
+
+def test_a_cif_may_begin_with_comments(tmp_path: Path, fixtures: Path) -> None:
+    path = tmp_path / "crystal"
+    path.write_text(
+        "\n# a comment, _cell_length_a\r\n  #\n" + (fixtures / "data" / "rocksalt.cif").read_text()
+    )
+    assert recognise(path) == "cif"
+
+
+def test_a_link_to_nothing_is_a_record_that_cannot_be_read(tmp_path: Path, fixtures: Path) -> None:
+    (tmp_path / "good.cif").write_text((fixtures / "data" / "rocksalt.cif").read_text())
+    (tmp_path / "away.cif").symlink_to("nowhere.cif")
+    (tmp_path / "ring.cif").symlink_to("ring.cif")
+    problems = {record.id: record.problem for record in read_records(tmp_path)}
+    assert problems["good"] is None
+    assert "cannot be read" in (problems["away"] or "")
+    assert "cannot be read" in (problems["ring"] or "")
+    assert input_bytes(tmp_path) > 0
+
+
+def test_names_of_blocks_have_no_control_characters(tmp_path: Path, fixtures: Path) -> None:
+    text = (fixtures / "data" / "rocksalt.cif").read_text()
+    block = text[text.index("data_") :]
+    name = block.split(maxsplit=1)[0]
+    path = tmp_path / "two.cif"
+    path.write_text(block.replace(name, "data_\x1b[31m") + "\n" + block)
+    assert next(read_records(path)).id == "two#\\x1b[31m"

@@ -13,7 +13,7 @@ import platform
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from crystallm_jax.data.preparing.catalogue import Catalogue, Row
 from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.data.preparing.inputs import Inputs
 from crystallm_jax.data.preparing.marks import read_pairs
-from crystallm_jax.data.preparing.pipeline import Dropped, Recipe
+from crystallm_jax.data.preparing.pipeline import Dropped, Prepared, Recipe
 from crystallm_jax.data.preparing.progress import Progress
 from crystallm_jax.data.preparing.selection import (
     Drop,
@@ -40,16 +40,24 @@ from crystallm_jax.data.preparing.selection import (
     selected,
     unusable_references,
 )
-from crystallm_jax.data.preparing.writer import StoreWriter, TextWriter, refuse_foreign
+from crystallm_jax.data.preparing.writer import (
+    PREPARED_NAMES,
+    WORK_FOLDER,
+    StoreWriter,
+    TextWriter,
+    refuse_foreign,
+)
+from crystallm_jax.data.reading.texts import printable
+from crystallm_jax.data.record import Record
 from crystallm_jax.data.store import SplitHeader, StoreHeader
 from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.processes import terminate_as_interrupt
 
-WORK_FOLDER = ".prepare"
-
 _BATCH = 16
+_BATCH_CHARACTERS = 2**20
 _COMMIT_RECORDS = 1024
 _COMMIT_SECONDS = 10.0
+_COMMIT_BYTES = 64 * 2**20
 _CATALOGUE_FORMAT = 1
 _PACKAGES = ("numpy", "pymatgen", "spglib")
 
@@ -130,6 +138,8 @@ def prepare(
     out_dir = Path(out_dir)
     refuse_foreign(out_dir)
     sources = Inputs((inputs, val_inputs, test_inputs, exclude_inputs))
+    if (endangered := sources.lie_among(PREPARED_NAMES, out_dir)) is not None:
+        raise DataError(f"{endangered} is an input and would be replaced: give another --out than {out_dir}")
     if selection.split is not None and sources.has_sets_apart:
         raise ConfigError("a split and sets of their own cannot go together: give one of them")
     # Read now: a wrong one should not end the run after hours.
@@ -153,8 +163,8 @@ def prepare(
             **_as_json(recipe),
             **_as_json(selection),
             "time_limit": execution.time_limit,
-            "exclude": [str(path) for path in exclude_inputs],
-            "underrepresented": None if underrepresented is None else str(underrepresented),
+            "exclude": [printable(str(path)) for path in exclude_inputs],
+            "underrepresented": None if underrepresented is None else printable(str(underrepresented)),
         }
         written = _write(catalogue, sets, recipe, _Description(sources.names, options, counts._asdict()))
         return PrepareReport(
@@ -218,16 +228,32 @@ def _fill(
     progress.begin(place)
     rows: list[Row] = []
     since = time.monotonic()
-    batches = iter(lambda: tuple(itertools.islice(records, _BATCH)), ())
-    with closing(executors.run(batches, recipe, execution)) as results:
+    waiting = 0
+    with closing(executors.run(_batches(records), recipe, execution)) as results:
         for batch, outcomes in results:
             for record, outcome in zip(batch, outcomes, strict=True):
                 rows.append(Row(sources.part(place + len(rows)), _one_word(record.id), outcome))
             progress.add_records(len(batch), sum(isinstance(outcome, Dropped) for outcome in outcomes))
-            if len(rows) >= _COMMIT_RECORDS or time.monotonic() - since > _COMMIT_SECONDS:
+            waiting += sum(len(outcome.payload) for outcome in outcomes if isinstance(outcome, Prepared))
+            full = len(rows) >= _COMMIT_RECORDS or waiting > _COMMIT_BYTES
+            if full or time.monotonic() - since > _COMMIT_SECONDS:
                 catalogue.append(rows)
-                place, rows, since = place + len(rows), [], time.monotonic()
+                place, rows, waiting, since = place + len(rows), [], 0, time.monotonic()
     catalogue.append(rows)
+
+
+def _batches(records: Iterator[Record]) -> Iterator[tuple[Record, ...]]:
+    """Records by the dozen, large ones by themselves: a worker's time and everyone's memory are bounded."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.text)
+        if len(batch) == _BATCH or size > _BATCH_CHARACTERS:
+            yield tuple(batch)
+            batch, size = [], 0
+    if batch:
+        yield tuple(batch)
 
 
 def _counts(catalogue: Catalogue, sets: Mapping[str, np.ndarray]) -> _Counts:

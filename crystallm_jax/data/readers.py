@@ -7,6 +7,7 @@ Whatever the number of records, no more than a few of them are in memory.
 
 import csv
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +41,10 @@ _ZIPS = (b"PK\x03\x04", b"PK\x05\x06")
 _PARQUET = b"PAR1"
 # What each protocol begins a pickled list with.
 _PICKLES = re.compile(rb"\x80[\x02-\x05]|\]q|\(l")
-_CIF = re.compile(rb"^[ \t]*(data_|loop_|_cell_)", re.MULTILINE | re.IGNORECASE)
+# How a CIF begins, after blank lines and comments. Further on, a column of some table may hold CIFs.
+_CIF = re.compile(
+    rb"(?:[ \t]*(?:#[^\n]*)?\r?\n)*[ \t]*(?:data_|loop_|_cell_|_symmetry_|_chemical_)", re.IGNORECASE
+)
 _NAMES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("cif", (".cif",)),
     ("csv", (".csv",)),
@@ -94,7 +98,7 @@ def input_bytes(path: str | Path) -> int:
     path = Path(path)
     if not path.exists():
         raise DataError(f"no file or folder {path}: check the name")
-    return sum(file.stat().st_size for file in _cif_files(path)) if path.is_dir() else path.stat().st_size
+    return sum(file_status(p).st_size for p in cif_files(path)) if path.is_dir() else path.stat().st_size
 
 
 def recognise(path: Path) -> Kind:
@@ -143,7 +147,7 @@ def _by_text(text: bytes) -> Kind | None:
         return "extxyz"
     if _has_cif_column(text.partition(b"\n")[0]):
         return "csv"
-    return "cif" if _CIF.search(text) else None
+    return "cif" if _CIF.match(text) else None
 
 
 def _has_cif_column(line: bytes) -> bool:
@@ -188,7 +192,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_folder(folder: Path, on_bytes: OnBytes) -> Iterator[Record]:
     found = False
-    for file in _cif_files(folder):
+    for file in cif_files(folder):
         found = True
         record_id = name_id(file.relative_to(folder).as_posix())
         try:
@@ -197,12 +201,12 @@ def _read_folder(folder: Path, on_bytes: OnBytes) -> Iterator[Record]:
             yield Record(record_id, "", str(error))
             continue
         yield from cif_records(record_id, data, str(file))
-        on_bytes(file.stat().st_size)
+        on_bytes(file_status(file).st_size)
     if not found:
         raise DataError(f"no .cif files in the folder {folder} or below it: give {SUPPORTED}")
 
 
-def _cif_files(folder: Path) -> Iterator[Path]:
+def cif_files(folder: Path) -> Iterator[Path]:
     """The CIFs of a folder and those below it, sorted; the names of one folder at a time are in memory."""
     waiting: list[Iterator[Path]] = [_sorted_paths(folder)]
     while waiting:
@@ -212,8 +216,16 @@ def _cif_files(folder: Path) -> Iterator[Path]:
         elif path.is_dir():
             if not path.is_symlink():
                 waiting.append(_sorted_paths(path))
-        elif is_cif_name(path.name) and path.is_file():
-            yield path
+        elif is_cif_name(path.name) and (path.is_file() or not path.exists()):
+            yield path  # a link to nothing too: it is a record that cannot be read
+
+
+def file_status(path: Path) -> os.stat_result:
+    """Size and times of a file, or of a link that leads to nothing."""
+    try:
+        return path.stat()
+    except OSError:
+        return path.lstat()
 
 
 def _sorted_paths(folder: Path) -> Iterator[Path]:

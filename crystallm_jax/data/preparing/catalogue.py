@@ -138,7 +138,12 @@ class Catalogue:
             connection.execute("PRAGMA journal_mode = TRUNCATE")
             connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
             connection.execute("PRAGMA temp_store = FILE")
+            # At once: of two runs that begin together one goes on. The lock stays after the transaction.
+            connection.execute("BEGIN EXCLUSIVE")
             connection.executescript(_TABLES)
+            if not (self.folder / "catalogue.sqlite").exists():  # it was waited for, and removed what it had
+                connection.close()
+                raise _other_run(self.folder)
         return connection
 
     def _holds_nothing(self) -> bool:
@@ -175,9 +180,11 @@ def _database(folder: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
-            raise DataError(
-                f"another 'prepare' writes to {folder.parent}: wait for it, or give another --out"
-            ) from error
+            raise _other_run(folder) from error
         raise OSError(f"its catalogue: {error}") from error
     except sqlite3.DatabaseError as error:
         raise DataError(f"{folder} is damaged ({error}): remove it and begin anew") from error
+
+
+def _other_run(folder: Path) -> DataError:
+    return DataError(f"another 'prepare' writes to {folder.parent}: wait for it, or give another --out")

@@ -6,14 +6,15 @@ alone: its batch is done again one by one.
 """
 
 import dataclasses
+import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 
 from crystallm_jax.data.preparing.pipeline import Dropped, Outcome, Recipe, prepare_batch, warm_up
 from crystallm_jax.data.record import Record
@@ -21,7 +22,12 @@ from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.processes import SPAWN, usable_cores
 
 _IN_FLIGHT = 4
+# Of texts, far more than crystals have: with such a lot no further batches are taken before it shrinks.
+_MOST_CHARACTERS = 64 * 2**20
 _RAY_RETRIES = 3
+_MOST_BREAKS = 3
+_LOOK_SECONDS = 1.0
+_KNOCK_SECONDS = 10.0
 
 Batch: TypeAlias = Sequence[Record]
 
@@ -75,37 +81,77 @@ def run(batches: Iterator[Batch], recipe: Recipe, execution: Execution) -> Resul
     return _in_processes(batches, recipe, execution)
 
 
+class _Ticket(NamedTuple):
+    """A batch under way: the pool that has it, and its result to come."""
+
+    pool: ProcessPool
+    future: "Future[list[Outcome]]"
+
+
 class _Workers:
     """Worker processes with a hard time limit a record."""
 
     def __init__(self, recipe: Recipe, *, workers: int, time_limit: float) -> None:
         self._recipe = recipe
         self._time_limit = time_limit
-        self._pool = ProcessPool(max_workers=workers, initializer=warm_up, context=SPAWN)
+        self._count = workers
+        self._pool = self._start()
+        self._breaks = 0
 
-    def submit(self, batch: Batch) -> "Future[list[Outcome]]":
+    def submit(self, batch: Batch) -> _Ticket:
         """Start a batch, which has the time of one record: all of them take milliseconds."""
         try:
-            return self._pool.schedule(prepare_batch, args=(batch, self._recipe), timeout=self._time_limit)
+            future = self._pool.schedule(prepare_batch, args=(batch, self._recipe), timeout=self._time_limit)
         except RuntimeError as error:  # the pool is broken
-            raise _broken(error) from error
+            self._replace(self._pool, error)
+            return self.submit(batch)
+        return _Ticket(self._pool, future)
 
-    def settle(self, batch: Batch, future: "Future[list[Outcome]]") -> list[Outcome]:
-        """Wait for a batch; one that failed is done again record by record."""
-        error = future.exception()
+    def settle(self, batch: Batch, ticket: _Ticket, *, again: bool = False) -> list[Outcome]:
+        """Wait for a batch; one that failed is done again record by record, unless this is done `again`."""
+        error = self._error(ticket)
         if error is None:
-            return future.result()
+            self._breaks = 0
+            return ticket.future.result()
         if isinstance(error, BrokenProcessPool):
-            raise _broken(error) from error
+            self._replace(ticket.pool, error)
+            return self.settle(batch, self.submit(batch), again=again)
         if len(batch) > 1:
             retries = [((record,), self.submit((record,))) for record in batch]
             return [outcome for one, retry in retries for outcome in self.settle(one, retry)]
+        if isinstance(error, ProcessExpired) and not again:  # perhaps it was killed from outside
+            return self.settle(batch, self.submit(batch), again=True)
         return [Dropped("limit", _why(error, self._time_limit))]
 
     def close(self) -> None:
         """Stop all at once."""
         self._pool.stop()
         self._pool.join()
+
+    def _start(self) -> ProcessPool:
+        return ProcessPool(max_workers=self._count, initializer=warm_up, context=SPAWN)
+
+    def _error(self, ticket: _Ticket) -> BaseException | None:
+        """What a batch failed with, when it is done; a broken pool does not tell all that wait for it."""
+        while not ticket.future.done():
+            wait((ticket.future,), timeout=_LOOK_SECONDS)
+            if not ticket.pool.active and not ticket.future.done():
+                return BrokenProcessPool("the workers are gone")
+        return ticket.future.exception()
+
+    def _replace(self, broken: ProcessPool, error: BaseException) -> None:
+        """A new pool for one that gave up, as it does when a worker is killed that has nothing to do yet.
+
+        Raises:
+            DataError: several gave up one after another, and nothing was done between.
+        """
+        if broken is not self._pool:
+            return
+        self._breaks += 1
+        if self._breaks > _MOST_BREAKS:
+            raise _broken(error) from error
+        self.close()
+        self._pool = self._start()
 
 
 def _in_processes(batches: Iterator[Batch], recipe: Recipe, execution: Execution) -> Results:
@@ -126,14 +172,21 @@ def _in_order(
 ) -> Results:
     """Keep a few batches a worker under way, and yield them in their order."""
     pending: deque[tuple[Batch, Any]] = deque()
+    characters = 0
     for batch in batches:
         pending.append((batch, submit(batch)))
-        if len(pending) >= _IN_FLIGHT * workers:
+        characters += _characters(batch)
+        while len(pending) >= _IN_FLIGHT * workers or (pending and characters > _MOST_CHARACTERS):
             first, waiting = pending.popleft()
+            characters -= _characters(first)
             yield Done(first, settle(first, waiting))
     while pending:
         first, waiting = pending.popleft()
         yield Done(first, settle(first, waiting))
+
+
+def _characters(batch: Batch) -> int:
+    return sum(len(record.text) for record in batch)
 
 
 class _RayWorker:
@@ -151,8 +204,9 @@ def _on_ray(batches: Iterator[Batch], recipe: Recipe, execution: Execution) -> R
     ours = not ray.is_initialized()
     if ours:
         try:
+            _knock(execution.ray_address)
             ray.init(address=execution.ray_address, log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, OverflowError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise DataError(
                 f"no Ray cluster at {execution.ray_address or 'the default address'} ({reason}): start one with "
@@ -180,6 +234,18 @@ def _on_ray(batches: Iterator[Batch], recipe: Recipe, execution: Execution) -> R
     finally:
         if ours:
             ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """See whether something answers at HOST:PORT, where Ray itself would try for many minutes.
+
+    Raises:
+        OSError: nothing does.
+        OverflowError: the port is none.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _ray() -> ModuleType:

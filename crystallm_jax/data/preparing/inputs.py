@@ -3,14 +3,15 @@
 import bisect
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crystallm_jax.data.corpus import EMBEDDED, corpus_path
 from crystallm_jax.data.published import read_token_records, token_archive_splits
-from crystallm_jax.data.readers import input_bytes, read_records
+from crystallm_jax.data.readers import cif_files, file_status, input_bytes, read_records
+from crystallm_jax.data.reading.texts import printable
 from crystallm_jax.data.record import Record
 from crystallm_jax.data.store import SPLITS
 from crystallm_jax.errors import DataError
@@ -33,7 +34,7 @@ class Inputs:
     """
 
     def __init__(self, groups: tuple[Sequence[str | Path], ...]) -> None:
-        self.names = tuple(str(path) for group in groups for path in group)
+        self.names = tuple(printable(str(path)) for group in groups for path in group)
         self._groups: list[list[_Source]] = [[] for _ in groups]
         for part, group in enumerate(groups):
             for path in map(_resolve, group):
@@ -48,13 +49,24 @@ class Inputs:
         """Whether there is a validation or test set of its own."""
         return any(self._groups[1 : len(SPLITS)])
 
+    def lie_among(self, names: Iterable[str], folder: Path) -> Path | None:
+        """The first input that is the folder, as token files, or a file of one of these names in it."""
+        folder, names = folder.resolve(), frozenset(names)
+        for source in self._sources():
+            path = source.path.resolve()
+            if (path.parent == folder and path.name in names) or (
+                path == folder and source.split is not None
+            ):
+                return source.path
+        return None
+
     def bytes(self) -> int:
         """Bytes on disk that will be read, without token archives."""
         return sum(input_bytes(source.path) for source in self._sources() if source.split is None)
 
     def fingerprint(self) -> list[list[Any]]:
         """What tells whether the inputs are still the same: names, sizes and times, for each group."""
-        return [[[str(s.path.resolve()), s.split, *_stamp(s.path)] for s in group] for group in self._groups]
+        return [[[str(s.path.resolve()), s.split, *_stamp(s)] for s in group] for group in self._groups]
 
     def records(self, on_bytes: Callable[[int], None]) -> Iterator[Record]:
         """All records, group by group; `on_bytes` is called with the number of further bytes read."""
@@ -88,15 +100,16 @@ def _resolve(path: str | Path) -> Path:
     return found
 
 
-def _stamp(path: Path) -> list[Any]:
-    """Size and time of a file; of a folder, a digest of those of all files below it."""
-    if path.is_file():
-        status = path.stat()
+def _stamp(source: _Source) -> list[Any]:
+    """Size and time of a file; of a folder, a digest of those of all files that are read from it."""
+    if source.path.is_file():
+        status = source.path.stat()
         return [status.st_size, status.st_mtime_ns]
+    # Other files may change meanwhile: --out may lie in the folder.
+    files = cif_files(source.path) if source.split is None else sorted(source.path.glob(f"{source.split}.*"))
     digest = hashlib.sha256()
-    for folder, below, files in os.walk(path):
-        below.sort()  # the walk goes on in this order; of a corpus only one folder's names are in memory
-        for name in sorted(files):
-            status = (Path(folder) / name).stat()
-            digest.update(f"{folder}\0{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    for file in files:
+        status = file_status(file)
+        digest.update(os.fsencode(file))
+        digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return [digest.hexdigest()]

@@ -14,6 +14,7 @@ import numpy as np
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text, symmetrized_cif
 from crystallm_jax.cif.formula import parse_formula
 from crystallm_jax.cif.oxidation import take_oxidation_states
+from crystallm_jax.data.reading.texts import printable
 from crystallm_jax.data.record import Record
 from crystallm_jax.errors import CIFError, ConfigError
 
@@ -138,7 +139,7 @@ Outcome: TypeAlias = Prepared | Dropped
 def prepare_one(record: Record, recipe: Recipe) -> Outcome:
     """Prepare one record; never raises for what is wrong with the record."""
     if record.problem is not None:
-        return Dropped("read", record.problem)
+        return Dropped("read", printable(record.problem))
     stage = "parse"
     try:
         text = record.text
@@ -162,7 +163,7 @@ def prepare_one(record: Record, recipe: Recipe) -> Outcome:
         return Prepared(_encode(stream_text(text)).astype("<u2").tobytes(), key)
     except _FAILURES as error:
         name = "" if isinstance(error, CIFError) else f"{type(error).__name__}: "
-        return Dropped(stage, name + (" ".join(str(error).split()) or "no reason given"))
+        return Dropped(stage, name + (printable(str(error)) or "no reason given"))
 
 
 def prepare_batch(records: Sequence[Record], recipe: Recipe) -> list[Outcome]:

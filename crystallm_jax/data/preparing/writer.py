@@ -21,6 +21,10 @@ from crystallm_jax.errors import DataError
 _TOKEN_PARTS = ("bin", "starts.npy", "underrep.npy", "ids.txt")
 _TEXT_PARTS = ("jsonl.gz",)
 _COMPRESSION = 6
+WORK_FOLDER = ".prepare"
+"""Where, in the folder to write, an unfinished run keeps what it has done."""
+PREPARED_NAMES = tuple(f"{split}.{part}" for split in SPLITS for part in (*_TOKEN_PARTS, *_TEXT_PARTS))
+"""The files that a run replaces or, where it does not write them, removes."""
 
 
 class _Folder:
@@ -51,8 +55,7 @@ class _Folder:
         """Give the files their names, `meta.json` last."""
         with writing(self.folder):
             self._staging.text("meta.json").write(meta)
-        ours = [f"{split}.{part}" for split in SPLITS for part in (*_TOKEN_PARTS, *_TEXT_PARTS)]
-        self._staging.publish(remove=tuple(name for name in ours if name not in self._written))
+        self._staging.publish(remove=tuple(name for name in PREPARED_NAMES if name not in self._written))
 
 
 class StoreWriter(_Folder):
@@ -222,8 +225,18 @@ def refuse_foreign(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file: give --out a folder")
-    if (folder / "meta.json").is_file() or not folder.is_dir():
+    # A run that was killed between two names, on its first time there, left no meta.json but its work folder.
+    if not folder.is_dir() or (folder / WORK_FOLDER).is_dir() or _is_ours(folder / "meta.json"):
         return
-    for name in (f"{split}.{part}" for split in SPLITS for part in ("bin", "jsonl.gz")):
+    for name in ("meta.json", "dropped.csv", *PREPARED_NAMES):
         if (folder / name).exists():
             raise DataError(f"{folder} already has a {name} that 'prepare' did not write: give another --out")
+
+
+def _is_ours(meta: Path) -> bool:
+    """Whether a `meta.json` says that it is ours; one that is cut short is not."""
+    try:
+        header = json.loads(meta.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(header, dict) and header.get("created_by") == "crystallm"

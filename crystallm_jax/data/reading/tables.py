@@ -25,7 +25,8 @@ from crystallm_jax.errors import DataError
 STRUCTURE_COLUMNS = ("lattice_vectors", "species_at_sites", "cartesian_site_positions")
 """The columns in which OPTIMADE and LeMaterial give a structure."""
 
-_BATCH_ROWS = 256
+# So few, since a value may have 64 MiB.
+_BATCH_ROWS = 16
 _MiB = 2**20
 
 
@@ -127,7 +128,7 @@ def _json_record(line: bytes | None, number: int) -> Record | None:
 
 
 def read_parquet(path: Path, on_bytes: OnBytes = nothing) -> Iterator[Record]:
-    """Yield the records of a Parquet file, read a few hundred rows and only the columns needed at a time.
+    """Yield the records of a Parquet file, read some rows and only the columns needed at a time.
 
     Raises:
         DataError: pyarrow is missing, none of the columns is there, no rows, or a broken file.
@@ -145,9 +146,9 @@ def read_parquet(path: Path, on_bytes: OnBytes = nothing) -> Iterator[Record]:
             columns = _wanted_columns(path, list(table.schema_arrow.names))
             number = 0
             for batch in table.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
+                for place in range(batch.num_rows):
                     number += 1
-                    yield row_record(row, number)
+                    yield row_record(batch.slice(place, 1).to_pylist()[0], number)
     except (pa.ArrowException, *DAMAGE) as error:
         raise unreadable(path, error) from error
 

@@ -22,6 +22,14 @@ def is_cif_name(name: str) -> bool:
     return _SUFFIX.search(name) is not None
 
 
+def printable(text: str) -> str:
+    """A text on one line, its control characters and whatever is no Unicode escaped: for ids, reports and terminals."""
+    line = " ".join(text.split())
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
 def name_id(name: str) -> str:
     """A record's id from the name of its file: without `.cif`, odd characters escaped."""
     plain = _SUFFIX.sub("", name)
@@ -101,7 +109,8 @@ def split_blocks(record_id: str, text: str) -> Iterator[Record]:
         yield Record(record_id, text)
         return
     for piece in structures:
-        yield Record(f"{record_id}#{piece.split(maxsplit=1)[0][len('data_') :]}", piece)
+        block = piece.split(maxsplit=1)[0][len("data_") :]
+        yield Record(f"{record_id}#{printable(block[:_LONGEST_ID])}", piece)
 
 
 def text_record(record_id: str, text: object, place: str) -> Record:
