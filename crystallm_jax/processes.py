@@ -20,6 +20,10 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM: it ends the run as Ctrl-C does."""
+
+
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, through the cleaning up; only the main thread can."""
@@ -28,7 +32,7 @@ def terminate_as_interrupt() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  the signature of a handler
-        raise KeyboardInterrupt
+        raise TerminatedError
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -289,3 +289,15 @@ def test_names_of_blocks_have_no_control_characters(tmp_path: Path, fixtures: Pa
     path = tmp_path / "two.cif"
     path.write_text(block.replace(name, "data_\x1b[31m") + "\n" + block)
     assert next(read_records(path)).id == "two#\\x1b[31m"
+
+
+def test_a_link_to_a_folder_is_counted_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.cif").write_text("data_a\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.cif").write_text("data_b\n")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    fine, linked = read_records(tmp_path / "in")
+    assert (fine.id, linked.id) == ("a", "more")
+    assert linked.problem is not None
+    assert "is a link to a folder" in linked.problem

@@ -133,6 +133,31 @@ def test_a_text_without_a_key_is_dropped_where_keys_are_compared(tmp_path: Path,
     assert report.n_kept == 4
 
 
+def test_a_structure_to_exclude_excludes_whatever_becomes_of_it(fixtures: Path, tmp_path: Path) -> None:
+    salt = fixtures / "data" / "rocksalt.cif"
+    alloy = tmp_path / "alloy.cif"
+    alloy.write_text(salt.read_text().replace("Na", "Au").replace("Cl", "Cu"))
+    recipe = Recipe(oxidation_states=True)  # of an alloy none balance, so the reference itself is refused
+    report = prepare(
+        [salt, alloy],
+        tmp_path / "out",
+        exclude_inputs=[alloy],
+        recipe=recipe,
+        execution=ALONE,
+        progress=False,
+    )
+    assert report.unusable == ()
+    assert (report.n_input, report.n_kept, report.n_excluding) == (2, 1, 1)
+
+
+def test_a_second_input_of_no_known_kind_ends_the_run_at_once(fixtures: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "x.bin"
+    wrong.write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match=r"x\.bin"):
+        prepare([fixtures / "data", wrong], tmp_path / "out", execution=ALONE, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_polymorph_leaks_and_space_groups_are_stratified(tmp_path: Path) -> None:
     groups = ("Fm-3m", "Pm-3m", "P4_2/mnm", "Pnma")
     crystals = [

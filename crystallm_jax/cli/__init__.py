@@ -2,12 +2,14 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
 import crystallm_jax
 from crystallm_jax.cli import info, prepare, sample, train
 from crystallm_jax.errors import CrystallmError
+from crystallm_jax.processes import TerminatedError
 
 VERBS = (prepare, info, train, sample)
 
@@ -26,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except CrystallmError as error:
-        print(f"crystallm {parsed.verb}: {error}", file=sys.stderr)  # noqa: T201
+        # A name with a line break would make two lines of it.
+        print(f"crystallm {parsed.verb}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # noqa: T201
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"crystallm {parsed.verb}: interrupted", file=sys.stderr)  # noqa: T201
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
 
 
 def _log_to_stderr() -> None:

@@ -152,7 +152,12 @@ def _add_set_flags(group: "argparse._ArgumentGroup") -> None:
 
 def _add_execution_flags(group: "argparse._ArgumentGroup") -> None:
     add = group.add_argument
-    add("--workers", type=int, metavar="N", help="processes, 0 for none (default: one a usable core)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes; 0 for none, and no time limit (default: one a usable core)",
+    )
     add(
         "--time-limit",
         type=float,

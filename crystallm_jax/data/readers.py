@@ -195,6 +195,9 @@ def _read_folder(folder: Path, on_bytes: OnBytes) -> Iterator[Record]:
     for file in cif_files(folder):
         found = True
         record_id = name_id(file.relative_to(folder).as_posix())
+        if file.is_dir():
+            yield Record(record_id, "", f"{file} is a link to a folder: give that as an input of its own")
+            continue
         try:
             data = _read_bytes(file)
         except DataError as error:
@@ -213,11 +216,10 @@ def cif_files(folder: Path) -> Iterator[Path]:
         path = next(waiting[-1], None)
         if path is None:
             waiting.pop()
-        elif path.is_dir():
-            if not path.is_symlink():
-                waiting.append(_sorted_paths(path))
-        elif is_cif_name(path.name) and (path.is_file() or not path.exists()):
-            yield path  # a link to nothing too: it is a record that cannot be read
+        elif path.is_dir() and not path.is_symlink():
+            waiting.append(_sorted_paths(path))
+        elif path.is_dir() or (is_cif_name(path.name) and (path.is_file() or not path.exists())):
+            yield path  # links to folders and to nothing too: they are records that cannot be read
 
 
 def file_status(path: Path) -> os.stat_result:

@@ -168,9 +168,10 @@ class Catalogue:
 
 
 def _entry(place: int, row: Row, offset: int) -> tuple[tuple[Any, ...], bytes]:
-    if isinstance(row.outcome, Dropped):
-        return (place, row.part, row.id, *row.outcome, *(None,) * 7), b""
     key = row.outcome.key or (None,) * 5
+    if isinstance(row.outcome, Dropped):
+        stage, reason = row.outcome.stage, row.outcome.reason
+        return (place, row.part, row.id, stage, reason, None, None, *key), b""
     return (place, row.part, row.id, None, None, offset, len(row.outcome.payload), *key), row.outcome.payload
 
 

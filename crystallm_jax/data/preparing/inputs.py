@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from crystallm_jax.data.corpus import EMBEDDED, corpus_path
 from crystallm_jax.data.published import read_token_records, token_archive_splits
-from crystallm_jax.data.readers import cif_files, file_status, input_bytes, read_records
+from crystallm_jax.data.readers import cif_files, file_status, input_bytes, read_records, recognise
 from crystallm_jax.data.reading.texts import printable
 from crystallm_jax.data.record import Record
 from crystallm_jax.data.store import SPLITS
@@ -38,7 +38,10 @@ class Inputs:
         self._groups: list[list[_Source]] = [[] for _ in groups]
         for part, group in enumerate(groups):
             for path in map(_resolve, group):
-                for split in token_archive_splits(path) or (None,):
+                splits = token_archive_splits(path)
+                if not splits and path.is_file():
+                    recognise(path)  # now: a wrong file should not end the run after hours
+                for split in splits or (None,):
                     # Everything of an archive that is to be excluded is.
                     apart = split is not None and part < len(SPLITS)
                     self._groups[SPLITS.index(split) if apart else part].append(_Source(path, split))

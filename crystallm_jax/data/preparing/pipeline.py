@@ -127,10 +127,11 @@ class Prepared(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A record that is not kept: the stage that refused it, and why in one line."""
+    """A record that is not kept: the stage that refused it, why in one line, and its key if it got that far."""
 
     stage: str
     reason: str
+    key: Key | None = None
 
 
 Outcome: TypeAlias = Prepared | Dropped
@@ -140,7 +141,7 @@ def prepare_one(record: Record, recipe: Recipe) -> Outcome:
     """Prepare one record; never raises for what is wrong with the record."""
     if record.problem is not None:
         return Dropped("read", printable(record.problem))
-    stage = "parse"
+    stage, key = "parse", None
     try:
         text = record.text
         ready = record.form == "cif" and _PREPARED.search(text) is not None
@@ -163,7 +164,7 @@ def prepare_one(record: Record, recipe: Recipe) -> Outcome:
         return Prepared(_encode(stream_text(text)).astype("<u2").tobytes(), key)
     except _FAILURES as error:
         name = "" if isinstance(error, CIFError) else f"{type(error).__name__}: "
-        return Dropped(stage, name + (printable(str(error)) or "no reason given"))
+        return Dropped(stage, name + (printable(str(error)) or "no reason given"), key)
 
 
 def prepare_batch(records: Sequence[Record], recipe: Recipe) -> list[Outcome]:

@@ -50,7 +50,7 @@ INSERT INTO ranks SELECT place, MIN(place) OVER (PARTITION BY formula, spacegrou
 """
 _DROP_EXCLUDED = """
 INSERT INTO drops SELECT kept.place, 'exclude', '{what} as ''' || ref.id || ''', which is to be excluded' FROM kept
-JOIN (SELECT {columns}, id, MIN(place) FROM records WHERE part = {reference} AND stage IS NULL GROUP BY {columns})
+JOIN (SELECT {columns}, id, MIN(place) FROM records WHERE part = {reference} AND formula IS NOT NULL GROUP BY {columns})
 AS ref USING ({columns})
 """
 _MARK_PAIRS_TABLES = (
@@ -212,7 +212,7 @@ def unusable_references(connection: sqlite3.Connection) -> Iterator[Drop]:
     """Records of the set to exclude that have no key, so that nothing can be excluded by them."""
     query = (
         "SELECT id, COALESCE(stage, 'exclude'), COALESCE(reason, 'the text states no key') FROM records"
-        " WHERE part = ? AND (stage IS NOT NULL OR formula IS NULL) ORDER BY place"
+        " WHERE part = ? AND formula IS NULL ORDER BY place"
     )
     yield from (Drop(*row) for row in connection.execute(query, (REFERENCE,)))
 
