@@ -29,6 +29,8 @@ REASONS = {
     "column_missing": "it has no '_atom_site_fract_z'",
     "coordinate_infinite": "cannot convert float NaN",
     "coordinate_not_a_number": "cannot convert float NaN",
+    "operators_long_without_sites": "a symmetry operator has 408 characters",
+    "label_not_ascii": "values left over",
     "loop_with_a_field_too_many": "values left over",
     "loop_without_columns": "no tags, or no values",
     "loop_without_rows": "no tags, or no values",

@@ -72,6 +72,7 @@ def check_block(items: Mapping[str, Any], parser: CifParser) -> None:
             a word), no cell, too many sites or images. Also what pymatgen raises on broken operators.
     """
     check_transformation(items)
+    operators = _listed_operators(items)  # pymatgen reads them before it looks for sites
     labels = items.get("_atom_site_label", ())
     if not labels:
         return
@@ -87,16 +88,21 @@ def check_block(items: Mapping[str, Any], parser: CifParser) -> None:
                 f"a site's type symbol {symbol[:40]!r} names no element: correct it or leave it out"
             )
     refuse_too_many(len(labels))
-    _check_operators(items, parser, rows=len(labels))
+    count = _LARGEST_GROUP if operators is None else len(operators)
+    _check_images(items, parser, rows=len(labels), count=count)
 
 
-def _check_operators(items: Mapping[str, Any], parser: CifParser, *, rows: int) -> None:
+def _listed_operators(items: Mapping[str, Any]) -> Sequence[str] | None:
+    """The symmetry operators that a block lists, none of which takes long to read; None where it lists none."""
     listed = next((items[key] for key in _OPERATOR_TAGS if items.get(key)), None)
     listed = [listed] if isinstance(listed, str) else listed
     longest = max(map(len, listed or ()), default=0)
     if longest > _LONGEST_OPERATOR:
         raise CIFError(f"a symmetry operator has {longest:,} characters: write it as 'x, y, z'")
-    count = _LARGEST_GROUP if listed is None else len(listed)
+    return listed
+
+
+def _check_images(items: Mapping[str, Any], parser: CifParser, *, rows: int, count: int) -> None:
     if rows * count <= _FEW_IMAGES:
         return
     operators = parser.get_symops(CifBlock(dict(items), [], ""))

@@ -92,6 +92,8 @@ def parse_structure(text: str) -> Structure:
 
 def read_plain_cell(text: str) -> PlainCell | None:
     """Read a text that is plain P1 in pymatgen's own form; None for any other."""
+    if not text.isascii():  # pymatgen takes other characters out, and with them a label, say
+        return None
     values: dict[str, str] = {}
     columns: list[str] = []
     rows: list[list[str]] = []
