@@ -20,6 +20,7 @@ FINDS = sorted((Path(__file__).parent / "fixtures" / "fuzz").glob("*.cif"))
 # What each is refused with; the others are read.
 REASONS = {
     "cell_angles_impossible": "Singular matrix",
+    "cell_before_its_block": "it has no '_cell_length_a'",
     "cell_flat": r"repeats after 0.049 Å",
     "cell_missing": "it has no '_cell_length_a'",
     "cell_not_a_number": "has no volume",

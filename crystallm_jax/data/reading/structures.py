@@ -117,7 +117,7 @@ def read_plain_cell(text: str) -> PlainCell | None:
             values[key] = value.strip()
         elif line.startswith("data_"):
             blocks += 1
-            if blocks > 1 or in_loop:
+            if blocks > 1 or in_loop or values:  # what stands before a block is not of it
                 return None
         elif in_loop and columns:
             in_rows = True
