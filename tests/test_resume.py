@@ -27,9 +27,10 @@ from crystallm_jax.model import init_params
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
-from crystallm_jax.training.loop import TrainingStoppedError, run
+from crystallm_jax.training.loop import run
 from crystallm_jax.training.metrics import MetricsLog
 from crystallm_jax.training.step import TrainState, batch_loss
+from crystallm_jax.training.stop import TrainingStoppedError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12

@@ -39,7 +39,9 @@ def test_a_mesh_that_is_not_the_devices_is_refused() -> None:
         make_mesh(-1, 2, devices)
     with pytest.raises(ConfigError, match="fsdp=0"):
         make_mesh(-1, 0, devices)
-    with pytest.raises(ConfigError, match="data_parallel=2 × fsdp=1 is not the number of devices, 1"):
+    with pytest.raises(
+        ConfigError, match="data_parallel=2 × fsdp=1 × tensor=1 is not the number of devices, 1"
+    ):
         make_mesh(2, 1, devices)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from crystallm_jax.model.config import AttentionBackend
 
-Backend = Literal["xla", "blocked", "cudnn"]
+Backend = Literal["xla", "blocked", "cudnn", "splash"]
 
 # Query rows that the blocked form handles at a time; the fastest of 64, 128 and 256 on a CPU at 512 tokens.
 BLOCK_ROWS = 128

@@ -6,7 +6,9 @@ from typing import Literal
 from crystallm_jax.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
-AttentionBackend = Literal["auto", "xla", "blocked", "cudnn"]
+AttentionBackend = Literal["auto", "xla", "blocked", "cudnn", "splash"]
+Layers = Literal["unrolled", "scanned"]
+Remat = Literal["none", "dots", "full"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class ModelConfig:
         attention_dropout: rate on attention probabilities; None takes `dropout`, as published.
         dtype: arithmetic of the blocks; parameters, logits and the softmax are float32 always.
         attention: which implementation; `auto` chooses by platform.
+        layers: blocks one after the other, each with parameters of its own (`h_0`, `h_1`, ...), or one block scanned
+            over parameters stacked along a leading L (`h`): for training, where compile time matters.
+        remat: what a training step computes again in its backward pass: `none`; `dots`: all but the products of linear
+            layers; `full`: all but each block's input.
     """
 
     n_layer: int = 8
@@ -36,6 +42,8 @@ class ModelConfig:
     attention_dropout: float | None = None
     dtype: DType = "float32"
     attention: AttentionBackend = "auto"
+    layers: Layers = "unrolled"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):

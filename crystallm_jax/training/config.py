@@ -2,10 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from crystallm_jax.data.packing import Windows
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.model.config import AttentionBackend, DType, ModelConfig
+from crystallm_jax.model.config import AttentionBackend, DType, Layers, ModelConfig, Remat
+
+# Whether several processes train together: where settings or the cluster's environment say so, always, or never.
+Distributed = Literal["auto", "on", "off"]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,8 @@ class TrainConfig:
         out_dir: the run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`.
         dataset: a prepared folder.
         init_from: `scratch`, `resume` (from `out_dir`), or the path of a model to start from.
+        existing_run: (new) what to do when `out_dir` holds a run already and `init_from` is not `resume`: `refuse`, or
+            `resume` it, so that a scheduler can give the same command again.
         eval_interval: optimiser steps between evaluations.
         checkpoint_interval: (new) optimiser steps between checkpoints; 0 takes `eval_interval`.
         log_interval: optimiser steps between lines of `metrics.jsonl`.
@@ -25,6 +32,13 @@ class TrainConfig:
         always_save_checkpoint: accepted for published files and ignored: checkpoints are always saved.
         validate: evaluate on the validation set.
         keep_checkpoints: (new) checkpoints kept on disk, the newest; the best by validation loss is kept besides.
+        patience: (new) evaluations in a row without a better validation loss after which the run ends; 0 never.
+        sample_interval: (new) optimiser steps between samplings whose validity is measured; 0 never.
+        sample_count: (new) how many samples each of them draws.
+        tensorboard: (new) also write TensorBoard's event files, into `out_dir/tensorboard`.
+        wandb: (new) also report to Weights & Biases.
+        wandb_project: (new) its project.
+        profile_steps: (new) steps of which a trace is written, from the tenth on; 0 writes none.
         gradient_accumulation_steps: micro-batches a step; their gradients are summed, as published.
         batch_size: sequences a micro-batch, over all devices.
         block_size: tokens a sequence.
@@ -39,6 +53,7 @@ class TrainConfig:
         bias: biases in LayerNorm and linear layers.
         learning_rate: peak rate.
         max_iters: optimiser steps (the published code makes one more).
+        optimizer: (new) `adamw`, as published, or `muon` for the kernels and AdamW for the rest.
         weight_decay: of AdamW, on attention and MLP kernels only.
         beta1: of AdamW.
         beta2: of AdamW.
@@ -47,19 +62,35 @@ class TrainConfig:
         warmup_iters: steps of linear warm-up from 0.
         lr_decay_iters: the step at which the cosine reaches `min_lr`.
         min_lr: lowest rate.
+        ema_decay: (new) of an exponential moving average of the weights, which is then what is evaluated and exported;
+            0 keeps none.
+        non_finite: (new) what to do with a step whose loss or gradient is not finite: `stop`, with the ids of its
+            records written out, or `skip` and count it.
         device: accepted for published files and ignored: JAX takes the accelerator that is installed.
         dtype: arithmetic of the model.
         attention: (new) attention implementation.
+        layers: (new) `unrolled`, or `scanned`: one compiled block run over stacked parameters, which compiles faster.
+        remat: (new) what the backward pass computes again instead of keeping: nothing (`none`), all but the products
+            of linear layers (`dots`), or whole blocks (`full`).
+        compilation_cache: (new) folder of compiled steps; `auto` is $JAX_COMPILATION_CACHE_DIR, else one in the user's
+            cache folder on accelerators and none on a CPU; empty for none.
         compile: accepted for published files and ignored: the step is always compiled.
         underrep_p: probability that a micro-batch is made of under-represented records alone.
         seed: (new) of initialisation, dropout and the order of the data.
-        data_parallel: (new) size of the mesh's `data` axis; -1 takes the devices that `fsdp` leaves.
+        data_parallel: (new) size of the mesh's `data` axis; -1 takes the devices that the others leave.
         fsdp: (new) size of the mesh's `fsdp` axis, over which parameters and optimiser state are sharded.
+        tensor: (new) size of the mesh's `tensor` axis, over which heads and the MLP's hidden units are split.
+        distributed: (new) whether several processes train together.
+        coordinator_address: (new) host:port of process 0, where the cluster does not say it.
+        num_processes: (new) how many processes, likewise.
+        process_id: (new) which of them this is, likewise.
+        local_device_ids: (new) devices of this process, as `0,1,2,3`; by default all that it sees.
     """
 
     out_dir: str = "out"
     dataset: str = ""
     init_from: str = "scratch"
+    existing_run: Literal["refuse", "resume"] = "refuse"
 
     eval_interval: int = 250
     checkpoint_interval: int = 0
@@ -70,6 +101,13 @@ class TrainConfig:
     always_save_checkpoint: bool = False
     validate: bool = False
     keep_checkpoints: int = 3
+    patience: int = 0
+    sample_interval: int = 0
+    sample_count: int = 32
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "crystallm"
+    profile_steps: int = 0
 
     gradient_accumulation_steps: int = 40
     batch_size: int = 64
@@ -85,6 +123,7 @@ class TrainConfig:
 
     learning_rate: float = 6e-4
     max_iters: int = 600_000
+    optimizer: Optimizer = "adamw"
     weight_decay: float = 1e-1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -93,15 +132,26 @@ class TrainConfig:
     warmup_iters: int = 2000
     lr_decay_iters: int = 600_000
     min_lr: float = 6e-5
+    ema_decay: float = 0.0
+    non_finite: Literal["stop", "skip"] = "stop"
 
     device: str = "cuda"
     dtype: DType = "bfloat16"
     attention: AttentionBackend = "auto"
+    layers: Layers = "unrolled"
+    remat: Remat = "none"
+    compilation_cache: str = "auto"
     compile: bool = True
     underrep_p: float = 0.0
     seed: int = 1337
     data_parallel: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    distributed: Distributed = "auto"
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -111,6 +161,7 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "batch_size",
             "max_iters",
+            "sample_count",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -123,12 +174,15 @@ class TrainConfig:
             "checkpoint_interval",
             "eval_iters_train",
             "eval_iters_val",
+            "patience",
+            "sample_interval",
+            "profile_steps",
         ):
             if not 0 <= getattr(self, name) < math.inf:  # a comparison with NaN is false
                 raise ConfigError(f"{name}={getattr(self, name)}: must be finite and not negative")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: must be at least 0 and below 2^32")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
@@ -152,6 +206,8 @@ class TrainConfig:
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
             attention=self.attention,
+            layers=self.layers,
+            remat=self.remat,
         )
 
     @property

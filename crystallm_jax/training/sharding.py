@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from crystallm_jax.errors import ConfigError
 
-DATA, FSDP = "data", "fsdp"
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 
 # Kernels are split over the side that is the residual stream. What is small stays whole on every device:
 # embeddings (1 % of the large model; a lookup in a split table would be gathered whole anyway) and vectors.
@@ -31,24 +31,28 @@ MICRO_BATCHES = PartitionSpec(None, (DATA, FSDP), None)
 BATCH = PartitionSpec((DATA, FSDP), None)
 
 
-def make_mesh(data_parallel: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A `data` × `fsdp` mesh over the devices given (all by default).
+def make_mesh(
+    data_parallel: int, fsdp: int, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1
+) -> Mesh:
+    """A `data` × `fsdp` × `tensor` mesh over the devices given (all by default).
 
     Raises:
         ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
-    if fsdp < 1 or count % fsdp:
-        raise ConfigError(f"fsdp={fsdp} does not divide the {count} devices")
-    data = count // fsdp if data_parallel == -1 else data_parallel
-    if data * fsdp != count:
+    for name, size in (("fsdp", fsdp), ("tensor", tensor)):
+        if size < 1 or count % size:
+            raise ConfigError(f"{name}={size} does not divide the {count} devices")
+    data = count // (fsdp * tensor) if data_parallel == -1 else data_parallel
+    if data * fsdp * tensor != count:
         raise ConfigError(
-            f"data_parallel={data_parallel} × fsdp={fsdp} is not the number of devices, {count}"
+            f"data_parallel={data_parallel} × fsdp={fsdp} × tensor={tensor} is not the number of devices, {count}"
         )
+    # Neighbours in the list talk fastest: the tensor axis, which talks most, is the innermost.
+    grid = np.asarray(devices).reshape(data, fsdp, tensor)
     # Auto axes: Linen's modules do not state shardings, the compiler derives them (jax would default to Explicit).
-    grid = np.asarray(devices).reshape(data, fsdp)
-    return Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(grid, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

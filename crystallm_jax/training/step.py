@@ -1,7 +1,7 @@
 """The training state and the compiled steps over it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -28,21 +28,36 @@ class TrainState:
         step: int32, optimiser steps taken.
         params: float32 parameters of `GPT`.
         opt_state: the optimiser's moments and count.
+        skipped: int32, how many of the steps changed nothing, because a loss or gradient was not finite.
+        ema: moving average of the parameters, a tree like them; None where the configuration keeps none.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    skipped: jax.Array
+    ema: Any = None
+
+    @property
+    def exported(self) -> Any:
+        """The parameters that are evaluated and exported: their average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32 scalars on the device (`micro_losses`: [A], one a micro-batch)."""
+    """What a step reports, float32 scalars on the device (`micro_losses`: [A], one a micro-batch).
+
+    `grad_norm` is taken before clipping, `update_norm` of what was added to the parameters; `skipped` counts (int32)
+    the steps so far that changed nothing.
+    """
 
     loss: jax.Array
     micro_losses: jax.Array
     learning_rate: jax.Array
     grad_norm: jax.Array
     param_norm: jax.Array
+    update_norm: jax.Array
+    skipped: jax.Array
 
 
 class CompiledSteps(NamedTuple):
@@ -97,7 +112,11 @@ def batch_loss(
 def create_state(config: TrainConfig, params: Any) -> TrainState:
     """The state before the first step."""
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, opt_state=make_optimizer(config).init(params)
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        skipped=jnp.zeros((), jnp.int32),
+        ema=jax.tree.map(jnp.copy, params) if config.ema_decay > 0 else None,
     )
 
 
@@ -127,15 +146,39 @@ def train_step(
         updates, opt_state = make_optimizer(config).update(
             clip_by_norm(grads, grad_norm, config.grad_clip), state.opt_state, state.params
         )
-        params = optax.apply_updates(state.params, updates)
+        moved = TrainState(
+            step=state.step,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            skipped=state.skipped,
+            ema=_averaged(config.ema_decay, state, updates),
+        )
+        # A loss or gradient that is not finite leaves everything as it was: the run can say so and go on, or stop.
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(losses).all()
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+        after = replace(kept, step=state.step + 1, skipped=state.skipped + ~finite)
     metrics = StepMetrics(
         loss=losses.mean(),
         micro_losses=losses,
-        learning_rate=jnp.asarray(learning_rate_schedule(config)(state.step), jnp.float32),
+        # The schedule counts the updates that were made.
+        learning_rate=jnp.asarray(learning_rate_schedule(config)(state.step - state.skipped), jnp.float32),
         grad_norm=grad_norm,
-        param_norm=optax.tree.norm(params),
+        param_norm=optax.tree.norm(after.params),
+        update_norm=jnp.where(finite, optax.tree.norm(updates), 0.0),
+        skipped=after.skipped,
     )
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return after, metrics
+
+
+def _averaged(decay: float, state: TrainState, updates: Any) -> Any:
+    """The moving average after an update: shorter at the beginning, so that it forgets the initial weights."""
+    if state.ema is None:
+        return None
+    made = (state.step - state.skipped).astype(jnp.float32)
+    rate = jnp.minimum(decay, (1 + made) / (10 + made))
+    return jax.tree.map(
+        lambda ema, param, update: ema + (1 - rate) * (param + update - ema), state.ema, state.params, updates
+    )
 
 
 def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) -> CompiledSteps:

@@ -1,0 +1,54 @@
+"""Mean losses over fixed batches of the training and validation sets."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from crystallm_jax.data.feed import Rows, evaluation_batches, open_rows
+from crystallm_jax.data.store import TokenStore
+from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.step import CompiledSteps
+
+
+class Evaluator:
+    """What an evaluation of a run reads: by the name of each loss, its rows and how many batches of them.
+
+    Args:
+        config: of the run.
+        steps: its compiled steps.
+        store: the training set.
+        val_store: the validation set, if it is to be evaluated.
+    """
+
+    def __init__(
+        self, config: TrainConfig, steps: CompiledSteps, store: TokenStore, val_store: TokenStore | None
+    ) -> None:
+        self._config = config
+        self._steps = steps
+        self._rows: dict[str, tuple[Rows, int]] = {
+            name: (
+                open_rows(source, block_size=config.block_size, windows=config.windows, seed=config.seed),
+                count,
+            )
+            for name, source, count in (
+                ("train_loss", store, config.eval_iters_train),
+                ("val_loss", val_store, config.eval_iters_val),
+            )
+            if source is not None and count > 0
+        }
+
+    def losses(self, params: Any) -> dict[str, float]:
+        """Mean losses of the targets in fixed batches of each set that is to be evaluated."""
+        config = self._config
+        found = {}
+        for name, (rows, count) in self._rows.items():
+            losses, weights = [], []
+            for batch in evaluation_batches(
+                rows, batch_size=config.batch_size, count=count, seed=config.seed
+            ):
+                placed = jax.device_put(batch, self._steps.batch)
+                losses.append(self._steps.evaluate(params, placed))
+                weights.append(batch.counted)
+            found[name] = float(np.average(jax.device_get(losses), weights=weights))
+        return found

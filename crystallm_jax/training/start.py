@@ -1,0 +1,60 @@
+"""Where a run begins: from scratch, from other weights, or from where its folder stands."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from crystallm_jax.data.feed import Feed
+from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.model import ModelConfig
+from crystallm_jax.training.checkpoint import Checkpoints
+from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.load import crop_block_size, load_weights
+from crystallm_jax.training.step import CompiledSteps, TrainState, initial_state
+
+_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+
+
+class Start(NamedTuple):
+    """The state to begin with and the steps that it has taken."""
+
+    state: TrainState
+    step: int
+
+
+def start(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    steps: CompiledSteps,
+    checkpoints: Checkpoints,
+    feed: Feed,
+) -> Start:
+    """The state to begin with; the feed is set to the same place.
+
+    Raises:
+        CrystallmError: what is asked for is not there, is of another shape, or would overwrite a run.
+    """
+    newest = checkpoints.latest_step()
+    resuming = config.init_from == "resume" or (config.existing_run == "resume" and newest is not None)
+    if resuming:
+        saved = checkpoints.describe()
+        _check_shape(dataclasses.asdict(model_config), saved["model"], str(checkpoints.folder))
+        restored = checkpoints.restore(steps.abstract)
+        feed.set_state(restored.data_state)
+        return Start(restored.state, restored.step)
+    if newest is not None:
+        raise ConfigError(
+            f"{config.out_dir} already holds a run at step {newest}: use init_from=resume or another out_dir"
+        )
+    if config.init_from == "scratch":
+        return Start(initial_state(config, model_config, steps), 0)
+    weights = crop_block_size(load_weights(config.init_from), config.block_size, place=config.init_from)
+    _check_shape(dataclasses.asdict(model_config), dataclasses.asdict(weights.config), config.init_from)
+    return Start(initial_state(config, model_config, steps, weights.params), 0)
+
+
+def _check_shape(wanted: dict[str, Any], found: dict[str, Any], place: str) -> None:
+    for key in _SHAPE_KEYS:
+        if wanted[key] != found[key]:
+            raise ModelError(
+                f"{place}: its model has {key}={found[key]}, the configuration says {key}={wanted[key]}"
+            )
