@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from crystallm_jax.convert import read_published
+from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import GPT, ModelConfig, grow_cache, init_cache, init_params
-from crystallm_jax.model.attention import cached_attention, causal_attention
-from crystallm_jax.model.linear import linear
+from crystallm_jax.model.attention import cached_attention, causal_attention, choose_backend
+from crystallm_jax.model.layout import stacked, unstacked
+from crystallm_jax.model.linear import linear, lookup
+from crystallm_jax.model.splash import splash_causal_attention
 
 PLAIN = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=371)
 BIASED = dataclasses.replace(PLAIN, bias=True)
@@ -67,7 +70,9 @@ def _reference_logits(config: ModelConfig, params: Any, tokens: np.ndarray) -> n
         return scaled * weights["scale"] + weights.get("bias", 0.0)
 
     def dense(x: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
-        return x @ weights["kernel"] + weights.get("bias", 0.0)
+        # Queries, keys and values side by side, as published.
+        kernel = weights["kernel"].reshape(x.shape[-1], -1)
+        return x @ kernel + np.ravel(weights.get("bias", 0.0))
 
     def gelu(x: np.ndarray) -> np.ndarray:
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -401,3 +406,121 @@ def test_a_model_begins_as_gpt_2_does() -> None:
             expected = small if "c_proj" in name else 0.02
             assert float(jnp.std(leaf)) == pytest.approx(expected, rel=0.03), name
             assert abs(float(jnp.mean(leaf))) < 4 * expected / math.sqrt(leaf.size), name
+
+
+def _loss_and_gradients(config: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
+    def loss(params: Any) -> jax.Array:
+        logits = GPT(config).apply({"params": params}, tokens)[0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) * jnp.arange(1, tokens.shape[1] + 1))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scanned_and_rematerialised_layers_give_the_same_loss_and_gradients(
+    remat: str, models: dict[ModelConfig, Any], tokens: np.ndarray
+) -> None:
+    params = models[BIASED]
+    expected = _loss_and_gradients(BIASED, params, tokens)
+    for layers in ("unrolled", "scanned"):
+        config = dataclasses.replace(BIASED, layers=layers, remat=remat)
+        given = stacked(params, BIASED.n_layer) if layers == "scanned" else params
+        loss, gradients = _loss_and_gradients(config, given, tokens)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            (loss, unstacked(gradients)),
+            expected,
+        )
+
+
+def test_stacking_is_undone_by_unstacking(models: dict[ModelConfig, Any]) -> None:
+    params = models[BIASED]
+    there = stacked(params, BIASED.n_layer)
+    assert there["h"]["attn"]["c_attn"]["kernel"].shape == (2, 32, 3, 32)
+    assert not any(name.startswith("h_") for name in there)
+    jax.tree.map(np.testing.assert_array_equal, unstacked(there), params)
+    assert unstacked(params) is params
+
+
+def test_scanned_layers_take_no_cache(models: dict[ModelConfig, Any], tokens: np.ndarray) -> None:
+    config = dataclasses.replace(PLAIN, layers="scanned")
+    with pytest.raises(ValueError, match="unstack"):
+        _continue(config, stacked(models[PLAIN], 2), tokens[:, :4], init_cache(config, 4, 8))
+
+
+def test_scanned_layers_draw_dropout_of_their_own() -> None:
+    config = dataclasses.replace(PLAIN, layers="scanned", dropout=0.5, n_layer=2)
+    params = init_params(config, jax.random.key(0))
+    # Two layers that are alike but for what is dropped.
+    params["h"] = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 2), params["h"])
+    apply = jax.jit(
+        lambda key: GPT(config).apply(
+            {"params": params}, jnp.zeros((1, 8), int), deterministic=False, rngs={"dropout": key}
+        )[0]
+    )
+    first = apply(jax.random.key(1))
+    np.testing.assert_array_equal(first, apply(jax.random.key(1)))
+    assert not np.allclose(first, apply(jax.random.key(2)))
+
+
+@pytest.mark.parametrize("segmented", [False, True], ids=["one segment", "segments"])
+def test_the_fused_kernel_of_tpus_gives_plain_attention(segmented: bool) -> None:
+    rng = np.random.default_rng(0)
+    inputs = [jnp.asarray(rng.normal(size=(2, 2, 256, 16)), jnp.float32) for _ in range(4)]
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 256))), jnp.int32) if segmented else None
+
+    def pulled(attention: Callable[..., jax.Array]) -> Any:
+        output, pull = jax.vjp(attention, *inputs[:3])
+        return output, pull(inputs[3])
+
+    fused = pulled(
+        lambda q, k, v: splash_causal_attention(q, k, v, segments, residual_name="x", interpret=True)
+    )
+    plain = pulled(lambda *x: causal_attention(*x, backend="xla", segment_ids_BT=segments))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), fused, plain)
+
+
+def test_the_gradient_of_a_lookup_adds_up_what_each_row_was_used_for() -> None:
+    rng = np.random.default_rng(1)
+    table, ids, weights = rng.normal(size=(7, 4)), rng.integers(0, 7, (3, 5)), rng.normal(size=(3, 5, 4))
+    output, pull = jax.vjp(lambda t: lookup(t, jnp.asarray(ids)), jnp.asarray(table, jnp.float32))
+    np.testing.assert_array_equal(output, table[ids].astype(np.float32))
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids, weights)
+    np.testing.assert_allclose(pull(jnp.asarray(weights, jnp.float32))[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "rate", "tokens", "platform", "chosen"),
+    [
+        ("auto", "bfloat16", 0.0, 1024, "cpu", "blocked"),
+        ("auto", "bfloat16", 0.0, 1000, "gpu", "cudnn"),
+        ("auto", "float32", 0.0, 1024, "gpu", "blocked"),
+        ("auto", "bfloat16", 0.1, 1024, "gpu", "blocked"),
+        ("auto", "bfloat16", 0.0, 1024, "tpu", "splash"),
+        ("auto", "bfloat16", 0.0, 1000, "tpu", "blocked"),
+        ("auto", "bfloat16", 0.1, 1024, "tpu", "blocked"),
+        ("xla", "bfloat16", 0.1, 1000, "gpu", "xla"),
+    ],
+)
+def test_the_backend_is_chosen_by_platform(
+    requested: Any, dtype: str, rate: float, tokens: int, platform: str, chosen: str
+) -> None:
+    found = choose_backend(requested, dtype=dtype, dropout_rate=rate, tokens=tokens, platform=platform)
+    assert found == chosen
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "rate", "tokens", "says"),
+    [
+        ("cudnn", "bfloat16", 0.1, 1024, "attention dropout 0.1"),
+        ("cudnn", "float32", 0.0, 1024, "dtype=float32"),
+        ("splash", "bfloat16", 0.1, 1024, "attention dropout 0.1"),
+        ("splash", "bfloat16", 0.0, 1000, "multiples of 128 tokens, not 1000"),
+    ],
+)
+def test_a_fused_kernel_that_cannot_do_what_is_asked_is_refused(
+    requested: Any, dtype: str, rate: float, tokens: int, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        choose_backend(requested, dtype=dtype, dropout_rate=rate, tokens=tokens, platform="gpu")

@@ -39,7 +39,7 @@ def _random_params(config: ModelConfig, seed: int) -> dict[str, Any]:
         for part in entry.path[:-1]:
             place = place.setdefault(part, {})
         spread = 0.3 if entry.path[-1] == "scale" else 0.12 if entry.path[-1] == "embedding" else 0.2
-        noise = spread * rng.standard_normal(entry.shape)
+        noise = spread * rng.standard_normal(entry.held)
         place[entry.path[-1]] = (noise + (entry.path[-1] == "scale")).astype(np.float32)
     return jax.device_put(params)
 
@@ -72,7 +72,7 @@ def _numpy_logits(config: ModelConfig, params: dict[str, Any], tokens: np.ndarra
     x = params["wte"]["embedding"][tokens] + params["wpe"]["embedding"][:T]
     for layer in range(config.n_layer):
         block = params[f"h_{layer}"]
-        qkv = norm(x, block["ln_1"]["scale"]) @ block["attn"]["c_attn"]["kernel"]
+        qkv = norm(x, block["ln_1"]["scale"]) @ block["attn"]["c_attn"]["kernel"].reshape(config.n_embd, -1)
         q, k, v = (part.reshape(T, H, -1).swapaxes(0, 1) for part in np.split(qkv, 3, axis=-1))
         scores = q @ k.swapaxes(1, 2) / np.sqrt(config.head_dim)
         scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)

@@ -117,7 +117,7 @@ def test_kernels_and_their_moments_are_really_split(
 ) -> None:
     shards = eight_devices[mesh]["shards"]
     whole = {
-        "attn/c_attn": [32 // parts, 96],
+        "attn/c_attn": [32 // parts, 3, 32],
         "attn/c_proj": [32, 32 // parts],
         "mlp/c_fc": [32 // parts, 128],
         "mlp/c_proj": [128, 32 // parts],

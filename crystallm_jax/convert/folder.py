@@ -55,7 +55,7 @@ def read_folder(path: str | Path) -> ModelFolder:
         place = params
         for part in entry.path[:-1]:
             place = place.setdefault(part, {})
-        place[entry.path[-1]] = value.astype(np.float32)
+        place[entry.path[-1]] = value.astype(np.float32).reshape(entry.held)
     if tensors:
         raise ModelError(f"{weights}: tensors that no parameter takes: {', '.join(sorted(tensors)[:5])}")
     return ModelFolder(config, params)
@@ -80,7 +80,7 @@ def write_folder(
         value = params
         for part in entry.path:
             value = value[part]
-        tensors[".".join(entry.path)] = np.ascontiguousarray(np.asarray(value), dtype)
+        tensors[".".join(entry.path)] = np.ascontiguousarray(np.asarray(value), dtype).reshape(entry.shape)
     partial = path / f"{WEIGHTS_FILE}.partial"
     save_file(tensors, partial)
     partial.replace(path / WEIGHTS_FILE)

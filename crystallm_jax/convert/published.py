@@ -68,7 +68,8 @@ def params_from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, *, 
             raise ModelError(
                 f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {shape}"
             )
-        _place(params, entry.path, np.ascontiguousarray(value.T if entry.transposed else value, np.float32))
+        value = np.ascontiguousarray(value.T if entry.transposed else value, np.float32)
+        _place(params, entry.path, value.reshape(entry.held))
     if remaining:
         raise ModelError(f"{place}: tensors that no parameter takes: {', '.join(sorted(remaining)[:5])}")
     if head is not None and not np.array_equal(head, tensors["transformer.wte.weight"]):
@@ -77,11 +78,19 @@ def params_from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, *, 
 
 
 class ParameterEntry(NamedTuple):
-    """Where a published tensor lives in our parameters, our shape, and whether the two are transposed."""
+    """Where a published tensor lives in our parameters.
+
+    Attributes:
+        path: of the parameter.
+        shape: of it in our files, a matrix or vector.
+        transposed: whether the published tensor is its transpose.
+        held: its shape in memory, of the same elements in the same order.
+    """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     transposed: bool
+    held: tuple[int, ...]
 
 
 def parameter_table(config: ModelConfig) -> dict[str, ParameterEntry]:
@@ -89,23 +98,30 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterEntry]:
     D = config.n_embd
     table = {
         "transformer.wte.weight": ParameterEntry(
-            ("wte", "embedding"), (config.vocab_size, D), transposed=False
+            ("wte", "embedding"), (config.vocab_size, D), transposed=False, held=(config.vocab_size, D)
         ),
         "transformer.wpe.weight": ParameterEntry(
-            ("wpe", "embedding"), (config.block_size, D), transposed=False
+            ("wpe", "embedding"), (config.block_size, D), transposed=False, held=(config.block_size, D)
         ),
     }
 
-    def add(published: str, path: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    def add(
+        published: str, path: tuple[str, ...], shape: tuple[int, ...], held: tuple[int, ...] | None = None
+    ) -> None:
+        held = held or shape
         linear = len(shape) > 1
-        table[f"{published}.weight"] = ParameterEntry((*path, "kernel" if linear else "scale"), shape, linear)
+        table[f"{published}.weight"] = ParameterEntry(
+            (*path, "kernel" if linear else "scale"), shape, linear, held
+        )
         if config.bias:
-            table[f"{published}.bias"] = ParameterEntry((*path, "bias"), shape[-1:], transposed=False)
+            table[f"{published}.bias"] = ParameterEntry(
+                (*path, "bias"), shape[-1:], transposed=False, held=held[1:] if linear else held
+            )
 
     for layer in range(config.n_layer):
         published, ours = f"transformer.h.{layer}", f"h_{layer}"
         add(f"{published}.ln_1", (ours, "ln_1"), (D,))
-        add(f"{published}.attn.c_attn", (ours, "attn", "c_attn"), (D, 3 * D))
+        add(f"{published}.attn.c_attn", (ours, "attn", "c_attn"), (D, 3 * D), held=(D, 3, D))
         add(f"{published}.attn.c_proj", (ours, "attn", "c_proj"), (D, D))
         add(f"{published}.ln_2", (ours, "ln_2"), (D,))
         add(f"{published}.mlp.c_fc", (ours, "mlp", "c_fc"), (D, 4 * D))

@@ -9,26 +9,58 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from crystallm_jax.errors import ConfigError
 from crystallm_jax.model.config import AttentionBackend
 
 Backend = Literal["xla", "blocked", "cudnn", "splash"]
+
+# The splash kernel works on multiples of the 128 lanes of a TPU's vector unit.
+LANES = 128
+
+# What `remat: dots` keeps of a fused kernel beside its output.
+ATTENTION_RESIDUALS = "attention"
 
 # Query rows that the blocked form handles at a time; the fastest of 64, 128 and 256 on a CPU at 512 tokens.
 BLOCK_ROWS = 128
 
 
-def choose_backend(requested: AttentionBackend, *, dtype: str, dropout_rate: float) -> Backend:
-    """The backend of full-context attention on the platform in use.
+def choose_backend(
+    requested: AttentionBackend, *, dtype: str, dropout_rate: float, tokens: int, platform: str | None = None
+) -> Backend:
+    """The backend of full-context attention.
 
-    cuDNN's fused kernel takes 16-bit inputs and has no dropout on attention probabilities, so `auto` takes it on
-    NVIDIA for bfloat16 without attention dropout. On a CPU it takes the blocked form, elsewhere XLA's.
+    The fused kernels have no dropout on attention probabilities: cuDNN's takes 16-bit inputs, splash on TPU rows of a
+    multiple of 128 tokens. `auto` takes them where they can be taken. Elsewhere, and on a CPU, it takes the blocked
+    form, which keeps no scores for the backward pass: those of the large model would fill a device's memory.
+
+    Args:
+        requested: as configured.
+        dtype: of the arithmetic.
+        dropout_rate: on attention probabilities.
+        tokens: T.
+        platform: `cpu`, `gpu` or `tpu`; that of the default device unless given (to compile for another).
+
+    Raises:
+        ConfigError: a fused kernel is asked for that does not do what is asked of it.
     """
+    fused = dropout_rate == 0 and (dtype == "bfloat16" or requested != "cudnn")
+    if requested in ("cudnn", "splash") and not fused:
+        raise ConfigError(
+            f"attention={requested} with dtype={dtype} and attention dropout {dropout_rate}: it takes none, and cudnn"
+            " bfloat16 alone; set attention_dropout=0, dtype=bfloat16 or attention=auto"
+        )
+    if requested == "splash" and tokens % LANES:
+        raise ConfigError(
+            f"attention=splash takes multiples of {LANES} tokens, not {tokens}; set attention=auto"
+        )
     if requested != "auto":
         return requested
-    platform = jax.default_backend()
-    if platform == "cpu":
-        return "blocked"
-    return "cudnn" if platform == "gpu" and dtype == "bfloat16" and dropout_rate == 0 else "xla"
+    platform = platform or jax.default_backend()
+    if platform == "gpu" and dtype == "bfloat16" and dropout_rate == 0:
+        return "cudnn"
+    if platform == "tpu" and dropout_rate == 0 and tokens % LANES == 0:
+        return "splash"
+    return "blocked"
 
 
 def causal_attention(
@@ -58,6 +90,13 @@ def causal_attention(
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=True, implementation="cudnn"
         ).swapaxes(1, 2)
+    if backend == "splash":
+        # Here, not above: what it needs takes as long to import as JAX, and only TPUs have use for it.
+        from crystallm_jax.model.splash import splash_causal_attention  # noqa: PLC0415
+
+        return splash_causal_attention(
+            q_BHTd, k_BHTd, v_BHTd, segment_ids_BT, residual_name=ATTENTION_RESIDUALS
+        )
     # The blocked form never computes most of the scores that the causal mask would throw away, and keeps none for
     # the backward pass: a block of queries sees the keys up to its own end.
     T = q_BHTd.shape[2]

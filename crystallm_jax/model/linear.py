@@ -1,14 +1,20 @@
-"""Linear layers whose products are summed in float32, forwards and backwards.
+"""Linear layers and table lookups whose gradients are summed in float32 by matrix products.
 
-Flax's own asks for results in the type of the operands. In bfloat16 that rounds every weight gradient to 8 bits
+Flax's own layer asks for results in the type of the operands. In bfloat16 that rounds every weight gradient to 8 bits
 before the optimiser sees it, and on CPUs with matrix units it misses the fast kernels, which write float32.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from crystallm_jax.model.attention import matmul_precision
+
+# What `remat: dots` keeps for the backward pass.
+LINEAR_OUTPUT = "linear"
 
 # Tokens that a CPU's weight-gradient product sums at a time: a transposed operand in slices of this length is laid
 # out anew and reaches the fast kernel, a whole one does not (measured: 4 times at width 256, 1.5 times at 1,024).
@@ -17,8 +23,8 @@ _GRADIENT_TOKENS = 1024
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """X [..., D] times a float32 kernel [D, E] in x's dtype, summed in float32: [..., E] in x's dtype."""
-    return _product(x, kernel.astype(x.dtype), (x.ndim - 1, 0)).astype(x.dtype)
+    """X [..., D] times a float32 kernel [D, *E] in x's dtype, summed in float32: [..., *E] in x's dtype."""
+    return _product(x, kernel.astype(x.dtype), ((x.ndim - 1,), (0,))).astype(x.dtype)
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -27,48 +33,94 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    dx = _product(dy, kernel.astype(x.dtype), (dy.ndim - 1, 1)).astype(x.dtype)
-    rows, gradients = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    step = _GRADIENT_TOKENS if jax.default_backend() == "cpu" else len(rows)
-    transposed = rows.T
-    parts = [
-        _product(transposed[:, first : first + step], gradients[first : first + step], (1, 0))
-        for first in range(0, len(rows), step)
-    ]
-    return dx, sum(parts[1:], parts[0]).astype(kernel.dtype)
+    summed = tuple(range(x.ndim - 1, dy.ndim)), tuple(range(1, kernel.ndim))
+    dx = _product(dy, kernel.astype(x.dtype), summed).astype(x.dtype)
+    return dx, _transposed_product(x, dy, kernel.shape[1:]).astype(kernel.dtype)
 
 
 linear.defvjp(_forward, _backward)
 
 
-def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Contract one axis of each; float32."""
-    numbers = (((axes[0],), (axes[1],)), ((), ()))
+@jax.custom_vjp
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a float32 table [N, D] by int ids [...]: float32 [..., D].
+
+    Its gradient is a product with one-hot rows: adding into few rows many times one after the other, which a gather's
+    own gradient does, is what accelerators do slowest.
+    """
+    return jnp.take(table, ids, axis=0)
+
+
+def _look(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, int]]:
+    return lookup(table, ids), (ids, table.shape[0])
+
+
+def _unlook(saved: tuple[jax.Array, int], dy: jax.Array) -> tuple[jax.Array, None]:
+    ids, count = saved
+    return _transposed_product(jax.nn.one_hot(ids, count, dtype=dy.dtype), dy, dy.shape[-1:]), None
+
+
+lookup.defvjp(_look, _unlook)
+
+
+def _transposed_product(x: jax.Array, dy: jax.Array, features: tuple[int, ...]) -> jax.Array:
+    """The sum over all leading axes of x [..., D] times dy [..., *E], float32 [D, *E]."""
+    leading = tuple(range(x.ndim - 1))
+
+    def whole(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _product(x, dy, (leading, leading))
+
+    def in_slices(x: jax.Array, dy: jax.Array) -> jax.Array:
+        rows, gradients = x.reshape(-1, x.shape[-1]), dy.reshape(-1, math.prod(features))
+        transposed = rows.T
+        parts = [
+            _product(
+                transposed[:, first : first + _GRADIENT_TOKENS],
+                gradients[first : first + _GRADIENT_TOKENS],
+                ((1,), (0,)),
+            )
+            for first in range(0, len(rows), _GRADIENT_TOKENS)
+        ]
+        return sum(parts[1:], parts[0]).reshape(x.shape[-1], *features)
+
+    return jax.lax.platform_dependent(x, dy, cpu=in_slices, default=whole)
+
+
+def _product(
+    a: jax.Array,
+    b: jax.Array,
+    summed: tuple[tuple[int, ...], tuple[int, ...]],
+) -> jax.Array:
+    """Contract axes of each; float32."""
     return jax.lax.dot_general(
-        a, b, numbers, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32
+        a,
+        b,
+        (summed, ((), ())),
+        precision=matmul_precision(a.dtype),
+        preferred_element_type=jnp.float32,
     )
 
 
 class Linear(nn.Module):
-    """A linear layer with parameters `kernel` [D, E] and, if asked for, `bias` [E], both float32.
+    """A linear layer with parameters `kernel` [D, *E] and, if asked for, `bias` [*E], both float32.
 
     Attributes:
-        features: E.
+        features: E, one axis or several.
         use_bias: whether there is a bias; it starts at zero.
         dtype: of the arithmetic.
         std: of the kernel's initialisation.
     """
 
-    features: int
+    features: tuple[int, ...]
     use_bias: bool
     dtype: str
     std: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return [..., E] for [..., D]."""
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        """Return [..., *E] for [..., D]."""
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], *self.features))
         y = linear(x.astype(self.dtype), kernel)
-        if not self.use_bias:
-            return y
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
+        return checkpoint_name(y, LINEAR_OUTPUT)

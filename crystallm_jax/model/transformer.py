@@ -5,23 +5,41 @@ Letters used for shapes, here and everywhere in the package:
     B batch    T tokens    S cache positions    H heads    D width (d = D / H)    V vocabulary    L layers
 
 Parameters are named as in the published checkpoints (`wte`, `wpe`, `h_0/attn/c_attn`, ..., `ln_f`), so that rules
-on paths (sharding, weight decay, conversion) read like it. The model carries no sharding: see `training.sharding`.
+on paths (sharding, weight decay, conversion) read like it. The kernel of `c_attn` is [D, 3, D], so that queries, keys
+and values can each be split by heads. With `layers: scanned` the blocks' parameters are one tree `h` with a leading L
+(see `model.layout`). The model carries no sharding: see `training.sharding`.
 """
 
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from crystallm_jax.model.attention import cached_attention, causal_attention, choose_backend, matmul_precision
+from crystallm_jax.model.attention import (
+    ATTENTION_RESIDUALS,
+    cached_attention,
+    causal_attention,
+    choose_backend,
+    matmul_precision,
+)
 from crystallm_jax.model.cache import KVCache, append
 from crystallm_jax.model.config import ModelConfig
-from crystallm_jax.model.linear import Linear
+from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup
 
 # GPT-2's initialisation (Radford et al. 2019); branches that add to the residual stream start smaller.
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
+
+
+class LayerCache(NamedTuple):
+    """One layer's buffers of a KVCache, keys and values [B, H, S, D / H], and the rows' lengths [B]."""
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
 
 
 def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
@@ -31,7 +49,7 @@ def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
     )
 
 
-def _linear(config: ModelConfig, features: int, name: str, *, std: float = INIT_STD) -> Linear:
+def _linear(config: ModelConfig, features: tuple[int, ...], name: str, *, std: float = INIT_STD) -> Linear:
     return Linear(features, use_bias=config.bias, dtype=config.dtype, std=std, name=name)
 
 
@@ -43,92 +61,96 @@ class SelfAttention(nn.Module):
     """Multi-head causal self-attention, over the tokens given or over a cache and them."""
 
     config: ModelConfig
-    layer: int
+    deterministic: bool
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
-        *,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
-        cache: KVCache | None,
-        deterministic: bool,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Return the branch's output [B, T, D] and this layer's new cache buffers (None without a cache)."""
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Return the branch's output [B, T, D] and this layer's new cache (None without one)."""
         config = self.config
-        B, T, _ = x_BTD.shape
-        qkv = _linear(config, 3 * config.n_embd, "c_attn")(x_BTD)
+        B, T, D = x_BTD.shape
+        qkv = _linear(config, (3, D), "c_attn")(x_BTD)
         qkv = qkv.reshape(B, T, 3, config.n_head, config.head_dim).transpose(2, 0, 3, 1, 4)
         q_BHTd, k_BHTd, v_BHTd = qkv[0], qkv[1], qkv[2]
-        buffers = None
         if cache is None:
-            rate = 0.0 if deterministic else config.attention_dropout_rate
+            rate = 0.0 if self.deterministic else config.attention_dropout_rate
             y_BHTd = causal_attention(
                 q_BHTd,
                 k_BHTd,
                 v_BHTd,
-                backend=choose_backend(config.attention, dtype=config.dtype, dropout_rate=rate),
+                backend=choose_backend(config.attention, dtype=config.dtype, dropout_rate=rate, tokens=T),
                 segment_ids_BT=segment_ids_BT,
                 dropout_rate=rate,
                 dropout_key=self.make_rng("dropout") if rate > 0 else None,
             )
         else:
             with jax.named_scope("cache_update"):
-                keys = append(cache.keys[self.layer], k_BHTd, cache.length)
-                values = append(cache.values[self.layer], v_BHTd, cache.length)
+                keys = append(cache.keys, k_BHTd, cache.length)
+                values = append(cache.values, v_BHTd, cache.length)
             y_BHTd = cached_attention(q_BHTd, keys, values, positions_BT)
-            buffers = (keys, values)
-        y_BTD = y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, config.n_embd)
-        y_BTD = _linear(config, config.n_embd, "c_proj", std=_residual_std(config))(y_BTD)
-        return nn.Dropout(config.dropout)(y_BTD, deterministic=deterministic), buffers
+            cache = LayerCache(keys, values, cache.length)
+        y_BTD = y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, D)
+        y_BTD = _linear(config, (D,), "c_proj", std=_residual_std(config))(y_BTD)
+        return nn.Dropout(config.dropout)(y_BTD, deterministic=self.deterministic), cache
 
 
 class MLP(nn.Module):
     """Two linear layers, four times the width between them, with the tanh form of GELU."""
 
     config: ModelConfig
+    deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Return the branch's output [B, T, D]."""
         config = self.config
-        x = _linear(config, 4 * config.n_embd, "c_fc")(x_BTD)
+        x = _linear(config, (4 * config.n_embd,), "c_fc")(x_BTD)
         x = nn.gelu(x, approximate=True)
-        x = _linear(config, config.n_embd, "c_proj", std=_residual_std(config))(x)
-        return nn.Dropout(config.dropout)(x, deterministic=deterministic)
+        x = _linear(config, (config.n_embd,), "c_proj", std=_residual_std(config))(x)
+        return nn.Dropout(config.dropout)(x, deterministic=self.deterministic)
 
 
 class Block(nn.Module):
     """Attention, then MLP, each behind a LayerNorm and added to the residual stream."""
 
     config: ModelConfig
-    layer: int
+    deterministic: bool
 
     @nn.compact
     def __call__(
         self,
         x_BTD: jax.Array,
-        *,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
-        cache: KVCache | None,
-        deterministic: bool,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Return the residual stream [B, T, D] and this layer's new cache buffers."""
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Return the residual stream [B, T, D] and this layer's new cache."""
         normed = _layer_norm(self.config, "ln_1")(x_BTD)
         with jax.named_scope("attention"):
-            branch, buffers = SelfAttention(self.config, self.layer, name="attn")(
-                normed,
-                positions_BT=positions_BT,
-                segment_ids_BT=segment_ids_BT,
-                cache=cache,
-                deterministic=deterministic,
+            branch, cache = SelfAttention(self.config, self.deterministic, name="attn")(
+                normed, positions_BT, segment_ids_BT, cache
             )
         x_BTD = x_BTD + branch
         normed = _layer_norm(self.config, "ln_2")(x_BTD)
         with jax.named_scope("mlp"):
-            return x_BTD + MLP(self.config, name="mlp")(normed, deterministic=deterministic), buffers
+            return x_BTD + MLP(self.config, self.deterministic, name="mlp")(normed), cache
+
+
+def _block_class(config: ModelConfig) -> type[Block]:
+    """The block, with what its backward pass computes again."""
+    if config.remat == "none":
+        return Block
+    policy = {
+        "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT, ATTENTION_RESIDUALS),
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[config.remat]
+    # Inside a scan nothing is common between iterations that the compiler could merge again.
+    return nn.remat(Block, policy=policy, prevent_cse=config.layers == "unrolled")
 
 
 class GPT(nn.Module):
@@ -161,7 +183,8 @@ class GPT(nn.Module):
             float32 logits [B, T, V], and the cache with the tokens added (None without one).
 
         Raises:
-            ValueError: T is more than `block_size`, or positions or segment ids beside a cache.
+            ValueError: T is more than `block_size`, positions or segment ids beside a cache, or a cache with scanned
+                layers (which would copy it at every step).
         """
         config = self.config
         T = tokens.shape[1]
@@ -169,25 +192,20 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the model's context of {config.block_size}")
         if cache is not None and not (positions is None and segment_ids is None):
             raise ValueError("positions and segment_ids are for rows read at once, not for a cache")
+        if cache is not None and config.layers == "scanned":
+            raise ValueError("scanned layers are for training; unstack the parameters to decode with a cache")
         start_B = jnp.zeros(tokens.shape[0], jnp.int32) if cache is None else cache.length
         positions_BT = start_B[:, None] + jnp.arange(T)[None, :] if positions is None else positions
         init = nn.initializers.normal(INIT_STD)
         wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init, name="wte")
         wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init, name="wpe")
         # Unless told otherwise every row has the same positions: look them up once.
-        position_BTD = wpe(positions_BT[:1] if cache is None and positions is None else positions_BT)
-        x_BTD = (wte(tokens) + position_BTD).astype(config.dtype)
+        position_BTD = lookup(
+            wpe.embedding, positions_BT[:1] if cache is None and positions is None else positions_BT
+        )
+        x_BTD = (lookup(wte.embedding, tokens) + position_BTD).astype(config.dtype)
         x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=deterministic)
-        layers = []
-        for layer in range(config.n_layer):
-            x_BTD, buffers = Block(config, layer, name=f"h_{layer}")(
-                x_BTD,
-                positions_BT=positions_BT,
-                segment_ids_BT=segment_ids,
-                cache=cache,
-                deterministic=deterministic,
-            )
-            layers.append(buffers)
+        x_BTD, layers = self._blocks(x_BTD, positions_BT, segment_ids, cache, deterministic)
         x_BTD = _layer_norm(config, "ln_f")(x_BTD)
         with jax.named_scope("head"):
             logits = jnp.einsum(
@@ -199,13 +217,46 @@ class GPT(nn.Module):
             )
         if cache is None:
             return logits, None
-        keys, values = zip(*layers, strict=True)
+        keys, values = zip(*((layer.keys, layer.values) for layer in layers), strict=True)
         return logits, KVCache(keys=keys, values=values, length=cache.length + T)
+
+    def _blocks(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """All blocks one after the other, or one scanned over stacked parameters."""
+        config = self.config
+        block = _block_class(config)
+        if config.layers == "scanned":
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.n_layer,
+            )
+            x_BTD, _ = scanned(config, deterministic, name="h")(x_BTD, positions_BT, segment_ids_BT, None)
+            return x_BTD, []
+        layers = []
+        for layer in range(config.n_layer):
+            buffers = cache and LayerCache(cache.keys[layer], cache.values[layer], cache.length)
+            x_BTD, buffers = block(config, deterministic, name=f"h_{layer}")(
+                x_BTD, positions_BT, segment_ids_BT, buffers
+            )
+            if buffers is not None:
+                layers.append(buffers)
+        return x_BTD, layers
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Freshly initialised float32 parameters, a nested dict."""
-    return GPT(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    # The fused kernels do not take one token; parameters do not depend on them.
+    plain = replace(config, attention="xla", remat="none")
+    return GPT(plain).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def count_params(params: dict) -> int:

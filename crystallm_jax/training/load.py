@@ -1,5 +1,6 @@
 """Weights from wherever they are: a published checkpoint, a model folder, or a run of this package."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,12 @@ from crystallm_jax.convert.folder import WEIGHTS_FILE, read_folder
 from crystallm_jax.convert.published import read_published
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig
+from crystallm_jax.model.layout import unstacked
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps
-
-CHECKPOINTS_FOLDER = "checkpoints"
-CONFIG_FILE = "config.yaml"
 
 
 class Weights(NamedTuple):
@@ -73,4 +73,5 @@ def _read_run(path: Path) -> Weights:
         one_device = make_mesh(1, 1, jax.local_devices()[:1])
         steps = compile_steps(config, model_config, one_device)
         state = checkpoints.restore(steps.abstract).state
-    return Weights(model_config, jax.tree.map(np.asarray, state.params))
+    params = jax.tree.map(np.asarray, unstacked(state.exported))
+    return Weights(replace(model_config, layers="unrolled", remat="none"), params)

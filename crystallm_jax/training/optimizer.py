@@ -1,21 +1,36 @@
-"""AdamW with the published decay mask, schedule and clipping."""
+"""AdamW with the published decay mask, schedule and clipping, and Muon for the matrices."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.sharding import match_rule, path_name
 
-# Weights of linear layers decay. Embeddings (the output layer with them), LayerNorms and biases do not.
+# Weights of linear layers decay. Embeddings (the output layer with them), LayerNorms and biases do not. Layers have
+# trees of their own (`h_0`) or are stacked (`h`).
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
-    (r"h_\d+/(attn|mlp)/c_(attn|fc|proj)/kernel", True),
+    (r"h(_\d+)?/(attn|mlp)/c_(attn|fc|proj)/kernel", True),
     (r"(wte|wpe)/embedding", False),
-    (r"(h_\d+/ln_[12]|ln_f)/(scale|bias)", False),
-    (r"h_\d+/(attn|mlp)/c_(attn|fc|proj)/bias", False),
+    (r"(h(_\d+)?/ln_[12]|ln_f)/(scale|bias)", False),
+    (r"h(_\d+)?/(attn|mlp)/c_(attn|fc|proj)/bias", False),
 )
+
+# Which axes of a kernel make a matrix, from inputs to outputs. Each of the others counts matrices: layers, where they
+# are stacked, and queries, keys and values ([D, 3, D]), which are three.
+MATRIX_RULES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
+    (r"h(_\d+)?/attn/c_attn/kernel", MuonDimensionNumbers(-3, -1)),
+    (r"h(_\d+)?/(attn/c_proj|mlp/c_fc|mlp/c_proj)/kernel", MuonDimensionNumbers(-2, -1)),
+)
+
+# Of Muon's momentum (K. Jordan, 2024).
+MUON_BETA = 0.95
+# The root mean square of Muon's updates, like that of AdamW's, so that learning rate and decay keep their meaning
+# (J. Liu et al., arXiv 2502.16982).
+MUON_RMS = 0.2
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -36,8 +51,24 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: match_rule(path_name(path), DECAY_RULES), params)
 
 
+def matrix_axes(kernels: Any) -> Any:
+    """The axes of the matrices in each kernel, a tree like `kernels`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: match_rule(path_name(path), MATRIX_RULES), kernels
+    )
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW as published (epsilon 1e-8 outside the root, decoupled decay); clipping is the step's own."""
+    """What turns clipped gradients into updates; clipping is the step's own."""
+    match config.optimizer:
+        case "adamw":
+            return _adamw(config)
+        case "muon":  # it moves what decays
+            return optax.partition({True: _muon(config), False: _adamw(config)}, decay_mask)
+
+
+def _adamw(config: TrainConfig) -> optax.GradientTransformation:
+    """As published: epsilon 1e-8 outside the root, decoupled decay."""
     return optax.adamw(
         learning_rate_schedule(config),
         b1=config.beta1,
@@ -46,6 +77,29 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
+
+
+def _muon(config: TrainConfig) -> optax.GradientTransformation:
+    """Steps along the nearest orthogonal matrix of the momentum, for trees of kernels alone.
+
+    `optax.contrib.muon` is made of the same; its own Adam for the rest is another one (Nesterov's).
+    """
+    return optax.chain(
+        scale_by_muon(beta=MUON_BETA, weight_dimension_numbers=matrix_axes),
+        optax.stateless(_scale_to_rms),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
+    )
+
+
+def _scale_to_rms(orthogonal: Any, _: Any) -> Any:
+    """Orthogonal matrices with entries of `MUON_RMS`: a matrix of n orthonormal rows of length m has 1 / sqrt(m)."""
+
+    def scaled(matrices: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
+        longest = max(matrices.shape[axes.reduction_axis], matrices.shape[axes.output_axis])
+        return MUON_RMS * longest**0.5 * matrices
+
+    return jax.tree.map(scaled, orthogonal, matrix_axes(orthogonal))
 
 
 def clip_by_norm(grads: Any, norm: jax.Array, limit: float) -> Any:

@@ -10,25 +10,30 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from crystallm_jax.errors import ConfigError
+from crystallm_jax.model.axes import BATCH_AXES, DATA, FSDP, TENSOR
+from crystallm_jax.model.layout import STACKED
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-
-# Kernels are split over the side that is the residual stream. What is small stays whole on every device:
-# embeddings (1 % of the large model; a lookup in a split table would be gathered whole anyway) and vectors.
+# Kernels are split over `fsdp` along the side that is the residual stream, and over `tensor` along the other: heads, or
+# hidden units of the MLP. What is small stays whole on every device: embeddings (1 % of the large model; a lookup in
+# a split table would be gathered whole anyway) and vectors. Specs are those of one layer; stacked parameters (`h`)
+# have a leading L, which is not split.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(wte|wpe)/embedding", PartitionSpec()),
-    (r"h_\d+/(attn/c_attn|mlp/c_fc)/kernel", PartitionSpec(FSDP, None)),
-    (r"h_\d+/(attn|mlp)/c_proj/kernel", PartitionSpec(None, FSDP)),
-    (r"(h_\d+/ln_[12]|ln_f)/(scale|bias)", PartitionSpec()),
-    (r"h_\d+/(attn/c_attn|attn/c_proj|mlp/c_fc|mlp/c_proj)/bias", PartitionSpec()),
+    (r"h(_\d+)?/attn/c_attn/kernel", PartitionSpec(FSDP, None, TENSOR)),
+    (r"h(_\d+)?/mlp/c_fc/kernel", PartitionSpec(FSDP, TENSOR)),
+    (r"h(_\d+)?/(attn|mlp)/c_proj/kernel", PartitionSpec(TENSOR, FSDP)),
+    (r"(h(_\d+)?/ln_[12]|ln_f)/(scale|bias)", PartitionSpec()),
+    (r"h(_\d+)?/attn/c_attn/bias", PartitionSpec(None, TENSOR)),
+    (r"h(_\d+)?/mlp/c_fc/bias", PartitionSpec(TENSOR)),
+    (r"h(_\d+)?/(attn|mlp)/c_proj/bias", PartitionSpec()),
 )
 
-# Batches are split over both axes: fsdp shards parameters and data over the same devices.
-MICRO_BATCHES = PartitionSpec(None, (DATA, FSDP), None)
-BATCH = PartitionSpec((DATA, FSDP), None)
+MICRO_BATCHES = PartitionSpec(None, BATCH_AXES, None)
+BATCH = PartitionSpec(BATCH_AXES, None)
 
 
 def make_mesh(
@@ -49,8 +54,13 @@ def make_mesh(
         raise ConfigError(
             f"data_parallel={data_parallel} × fsdp={fsdp} × tensor={tensor} is not the number of devices, {count}"
         )
-    # Neighbours in the list talk fastest: the tensor axis, which talks most, is the innermost.
-    grid = np.asarray(devices).reshape(data, fsdp, tensor)
+    shape = (data, fsdp, tensor)
+    if devices[0].platform == "tpu":
+        # Axes of the mesh on axes of the torus, so that neighbours in the one are neighbours in the other.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        # Neighbours in the list talk fastest: the tensor axis, which talks most, is the innermost.
+        grid = np.asarray(devices).reshape(shape)
     # Auto axes: Linen's modules do not state shardings, the compiler derives them (jax would default to Explicit).
     return Mesh(grid, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
@@ -72,11 +82,15 @@ def match_rule(name: str, rules: Sequence[tuple[str, Any]]) -> Any:
     return found[0]
 
 
+def parameter_spec(name: str) -> PartitionSpec:
+    """The partition of the parameter of this path."""
+    spec = match_rule(name, PARAMETER_RULES)
+    return PartitionSpec(None, *spec) if name.startswith(f"{STACKED}/") and len(spec) else spec
+
+
 def parameter_specs(params: Any) -> Any:
     """The partition of every parameter, a tree like `params`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: match_rule(path_name(path), PARAMETER_RULES), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: parameter_spec(path_name(path)), params)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -88,16 +102,23 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        inner = re.search(r"(?:^|/)((?:wte|wpe|h_\d+|ln_f)/.*)$", name)
-        spec = match_rule(inner.group(1), PARAMETER_RULES) if inner else PartitionSpec()
+        inner = re.search(r"(?:^|/)((?:wte|wpe|h|h_\d+|ln_f)/.*)$", name)
+        spec = parameter_spec(inner.group(1)) if inner else PartitionSpec()
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise ConfigError(
-                    f"fsdp={mesh.shape[axis]} does not divide the {size} of {name}; choose n_embd as a multiple of it"
+                    f"{axis}={mesh.shape[axis]} does not divide the {size} of {name}; choose n_embd as a multiple"
+                    " of it"
                 )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def check_heads(n_head: int, mesh: Mesh) -> None:
+    """Refuse heads that cannot be split evenly over the mesh."""
+    if n_head % mesh.shape[TENSOR]:
+        raise ConfigError(f"tensor={mesh.shape[TENSOR]} does not divide the {n_head} heads")
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

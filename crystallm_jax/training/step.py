@@ -11,9 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.model import GPT, ModelConfig, init_params
+from crystallm_jax.model.layout import stacked
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, learning_rate_schedule, make_optimizer
-from crystallm_jax.training.sharding import BATCH, MICRO_BATCHES, check_batch_size, state_shardings
+from crystallm_jax.training.sharding import (
+    BATCH,
+    MICRO_BATCHES,
+    check_batch_size,
+    check_heads,
+    state_shardings,
+)
 
 # Targets of this value count for nothing (the published code's ignore_index).
 IGNORED_TARGET = -1
@@ -188,20 +195,31 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
         ConfigError: the batch or the width does not divide over the mesh.
     """
     check_batch_size(config.batch_size, mesh)
+    check_heads(config.n_head, mesh)
     shapes = jax.eval_shape(
         lambda key: create_state(config, init_params(model_config, key)), jax.random.key(0)
     )
     shardings = state_shardings(shapes, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
+
+    def in_mesh(step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step traced where kernels that split themselves can see the mesh."""
+
+        def traced(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return step(*arguments)
+
+        return traced
+
     micro_batches, batch = NamedSharding(mesh, MICRO_BATCHES), NamedSharding(mesh, BATCH)
     train = jax.jit(
-        lambda state, given: train_step(config, model_config, state, given),
+        in_mesh(lambda state, given: train_step(config, model_config, state, given)),
         in_shardings=(shardings, micro_batches),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
     evaluate = jax.jit(
-        lambda params, given: batch_loss(model_config, params, given),
+        in_mesh(lambda params, given: batch_loss(model_config, params, given)),
         in_shardings=(shardings.params, batch),
         out_shardings=whole,
     )
@@ -216,13 +234,15 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
 def initial_state(
     config: TrainConfig, model_config: ModelConfig, steps: CompiledSteps, params: Any = None
 ) -> TrainState:
-    """A sharded state: freshly initialised from the seed, or around given parameters."""
+    """A sharded state: freshly initialised from the seed, or around given parameters, a tree a layer."""
     if params is None:
         key = jax.random.key(config.seed)
         make = jax.jit(
             lambda k: create_state(config, init_params(model_config, k)), out_shardings=steps.shardings
         )
         return make(key)
+    if config.layers == "scanned":
+        params = stacked(params, config.n_layer)
     # Without the copy, donating the state would delete the caller's arrays.
     placed = jax.tree.map(
         lambda leaf, sharding: jax.device_put(leaf, sharding).copy(), params, steps.shardings.params
