@@ -7,7 +7,7 @@ Letters used for shapes, here and everywhere in the package:
 Parameters are named as in the published checkpoints (`wte`, `wpe`, `h_0/attn/c_attn`, ..., `ln_f`), so that rules
 on paths (sharding, weight decay, conversion) read like it. The kernel of `c_attn` is [D, 3, D], so that queries, keys
 and values can each be split by heads. With `layers: scanned` the blocks' parameters are one tree `h` with a leading L
-(see `model.layout`). The model carries no sharding: see `training.sharding`.
+(see `model.layout`). How parameters are split over devices is not stated here: see `training.sharding`.
 """
 
 import math
@@ -25,8 +25,10 @@ from crystallm_jax.model.attention import (
     choose_backend,
     matmul_precision,
 )
+from crystallm_jax.model.axes import split_by_rows
 from crystallm_jax.model.cache import KVCache, append
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.model.layout import stacked
 from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup
 
 # GPT-2's initialisation (Radford et al. 2019); branches that add to the residual stream start smaller.
@@ -138,7 +140,8 @@ class Block(nn.Module):
         x_BTD = x_BTD + branch
         normed = _layer_norm(self.config, "ln_2")(x_BTD)
         with jax.named_scope("mlp"):
-            return x_BTD + MLP(self.config, self.deterministic, name="mlp")(normed), cache
+            x_BTD = x_BTD + MLP(self.config, self.deterministic, name="mlp")(normed)
+        return split_by_rows(x_BTD), cache
 
 
 def _block_class(config: ModelConfig) -> type[Block]:
@@ -204,7 +207,7 @@ class GPT(nn.Module):
             wpe.embedding, positions_BT[:1] if cache is None and positions is None else positions_BT
         )
         x_BTD = (lookup(wte.embedding, tokens) + position_BTD).astype(config.dtype)
-        x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic=deterministic)
+        x_BTD = split_by_rows(nn.Dropout(config.dropout)(x_BTD, deterministic=deterministic))
         x_BTD, layers = self._blocks(x_BTD, positions_BT, segment_ids, cache, deterministic)
         x_BTD = _layer_norm(config, "ln_f")(x_BTD)
         with jax.named_scope("head"):
@@ -255,8 +258,10 @@ class GPT(nn.Module):
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Freshly initialised float32 parameters, a nested dict."""
     # The fused kernels do not take one token; parameters do not depend on them.
-    plain = replace(config, attention="xla", remat="none")
-    return GPT(plain).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    plain = replace(config, attention="xla", remat="none", layers="unrolled")
+    params = GPT(plain).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    # Stacked afterwards, so that a seed means the same model in both layouts.
+    return stacked(params, config.n_layer) if config.layers == "scanned" else params
 
 
 def count_params(params: dict) -> int:

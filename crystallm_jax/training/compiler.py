@@ -1,0 +1,64 @@
+"""What the compiler is told: options worth having, and where compiled steps are kept."""
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+AUTO = "auto"
+
+# For several GPUs: collectives are started early and awaited late, those of scanned layers one layer ahead. On TPU the
+# compiler does so by itself; on one device there are none. Not measured by us yet.
+SEVERAL_GPUS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+    "xla_gpu_enable_pipelined_all_reduce": True,
+}
+
+logger = logging.getLogger(__name__)
+
+
+def step_options(mesh: Mesh) -> dict[str, bool]:
+    """Compiler options of a step on a mesh; those that the installed compiler does not know are left out, and said."""
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+        return {}
+    return known_options(SEVERAL_GPUS)
+
+
+def known_options(options: dict[str, bool]) -> dict[str, bool]:
+    """Those of the options that the installed compiler knows: they come and go between its versions."""
+    known = {}
+    for name, value in options.items():
+        try:
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+        except jax.errors.JaxRuntimeError as error:
+            logger.warning("compiler option %s is left out: %s", name, str(error).splitlines()[0])
+        else:
+            known[name] = value
+    return known
+
+
+def use_compilation_cache(setting: str) -> Path | None:
+    """Keep compiled steps on disk, so that a run that is started again need not compile; returns where, if anywhere.
+
+    Args:
+        setting: a folder; `auto`: $JAX_COMPILATION_CACHE_DIR, else one in the user's cache folder on accelerators and
+            none on a CPU, whose code may not run on another; empty for none.
+    """
+    if setting == AUTO:
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])  # jax has read it
+        if jax.default_backend() == "cpu":
+            return None
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "crystallm_jax" / "compiled"
+    elif not setting:
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    else:
+        folder = Path(setting)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
