@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.data.feed import PackedRows, open_feed, open_rows
+from crystallm_jax.data.feed import open_feed
 from crystallm_jax.data.packing import pack
+from crystallm_jax.data.rows import PackedRows, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import DataError
 

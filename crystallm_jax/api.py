@@ -25,7 +25,6 @@ from crystallm_jax.training.load import load_weights
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-DEFAULT_MODEL = Path(__file__).parent / "assets" / "default"
 # What the published tool puts above a text that it could not post-process.
 WARNING_LINE = "# WARNING: this text could not be post-processed"
 
@@ -193,7 +192,7 @@ def load_model(path_or_name: str | Path = "default", *, dtype: DType = "float32"
     Raises:
         ModelError: nothing of the kind is there, or it is damaged.
     """
-    weights = load_weights(DEFAULT_MODEL if str(path_or_name) == "default" else path_or_name)
+    weights = load_weights(path_or_name)
     # Dropout is for training; the published code's leaks into sampling, ours does not.
     config = replace(weights.config, dtype=dtype, dropout=0.0, attention_dropout=None, attention="auto")
     return CrystalModel(config, jax.device_put(weights.params), str(path_or_name))

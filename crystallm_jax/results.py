@@ -17,6 +17,7 @@ from crystallm_jax.api import CrystalModel, Sample
 from crystallm_jax.cif import CIFError
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import ValidatorPool, ValidityReport
+from crystallm_jax.processes import Interruption
 from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.prompts import Prompt
 
@@ -156,6 +157,7 @@ def sample_into(
     *,
     pool: ValidatorPool,
     on_batch: Any = None,
+    interruption: Interruption | None = None,
 ) -> Summary:
     """Sample, validate and write; validation runs in the pool while the device goes on.
 
@@ -166,7 +168,9 @@ def sample_into(
         request: how.
         pool: validates.
         on_batch: called with the number of samples of each batch as it is done.
+        interruption: looked at after each batch and each verdict.
     """
+    interruption = interruption or Interruption()
     started = time.perf_counter()
     pending: list[tuple[Sample, Future[ValidityReport]]] = []
     outcomes: list[Outcome] = []
@@ -180,6 +184,10 @@ def sample_into(
                 folder.write_cif(name, sample.cif)
             if on_batch is not None:
                 on_batch(len(batch))
+            interruption.check()
+        for _, future in pending:
+            future.result()
+            interruption.check()
         outcomes = [Outcome(prompts[s.prompt_index], s, future.result()) for s, future in pending]
     finally:
         # After Ctrl-C, too, the table says what the CIFs that are there are worth.

@@ -1,5 +1,6 @@
 """The feed: which rows there are, in which order they come, and where a run goes on."""
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.data.feed import Feed, PackedRows, WindowRows, evaluation_batches, open_feed, open_rows
+from crystallm_jax.data.feed import Feed, evaluation_batches, open_feed
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.preparing.writer import StoreWriter
+from crystallm_jax.data.rows import PackedRows, WindowRows, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import DataError
 
@@ -123,7 +125,7 @@ def test_a_store_shorter_than_a_window_is_refused(windows: str, tmp_path: Path) 
 def test_more_windows_than_can_be_numbered_are_refused(
     store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crystallm_jax.data.feed._MOST_ROWS", 30)
+    monkeypatch.setattr("crystallm_jax.data.rows._MOST_ROWS", 30)
     assert len(_open(store)) == RECORDS - 1
     with pytest.raises(DataError, match="more than can be numbered: set windows=starts"):
         _open(store, "anywhere")
@@ -366,6 +368,40 @@ def test_a_state_of_other_settings_is_refused(
     _refused(_state(_feed(store)), _feed(store, **change), *parts)
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"windows": "starts"},
+        {"windows": "anywhere"},
+        {"windows": "packed"},
+        {"windows": "starts", "underrep_p": 0.5},
+    ],
+    ids=["starts", "anywhere", "packed", "mixed"],
+)
+def test_a_step_says_which_records_it_reads(cut: dict[str, Any], store: TokenStore) -> None:
+    whole = _feed(store, micro_batches=2, **cut)
+    steps = [next(whole) for _ in range(7)]
+    # Whichever host is asked, and wherever it stands.
+    host = _feed(store, micro_batches=2, host=1, hosts=2, **cut)
+    ids = host.record_ids(7)
+    assert [len(rows) for rows in ids] == [4, 4]
+    rows, named = steps[6].tokens.reshape(8, -1).tolist(), itertools.chain.from_iterable(ids)
+    for row, names in zip(rows, named, strict=True):
+        records = [store.record(int(name)).tolist() for name in names]
+        *starts, end = itertools.accumulate(map(len, records), initial=0)
+        tokens = list(itertools.chain.from_iterable(records))
+        if cut["windows"] == "packed":
+            assert row[: len(tokens)] == tokens
+        else:
+            begins = [begin for begin in range(len(records[0])) if tokens[begin:][: len(row)] == row]
+            assert len(begins) == 1
+            # None too many: the last of them has the row's last token.
+            assert begins[0] + len(row) > starts[-1]
+            assert end >= begins[0] + len(row)
+    whole.close()
+    host.close()
+
+
 def _state(feed: Feed) -> dict[str, Any]:
     feed.close()
     return feed.get_state()
@@ -382,7 +418,10 @@ def _refused(state: dict[str, Any], feed: Feed, *parts: str) -> None:
 
 def test_a_state_of_other_data_is_refused(store: TokenStore, tmp_path: Path) -> None:
     other = _store(tmp_path / "other", [9] * 30, (1,))
-    _refused(_state(_feed(store)), _feed(other), "dataset=", "the folder that it was trained on")
+    checksum = store.header.splits["train"].sha256
+    _refused(
+        _state(_feed(store)), _feed(other), f"dataset={checksum[:12]}…", "the folder that it was trained on"
+    )
     state = _state(_feed(store))
     state["fingerprint"]["order"] = "0" * 16  # as another library's shuffle would give
     _refused(state, _feed(store), "order=0000", "numpy and grain")

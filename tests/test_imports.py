@@ -17,9 +17,10 @@ ROOMS = (
     ("convert",),
     ("training",),
     ("sampling",),
+    ("ahead",),
     ("evaluation",),
     ("api",),
-    ("results",),
+    ("results", "probe"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(ROOMS) for name in names}

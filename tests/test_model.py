@@ -483,7 +483,7 @@ def test_the_fused_kernel_of_tpus_gives_plain_attention(segmented: bool) -> None
 def test_the_gradient_of_a_lookup_adds_up_what_each_row_was_used_for() -> None:
     rng = np.random.default_rng(1)
     table, ids, weights = rng.normal(size=(7, 4)), rng.integers(0, 7, (3, 5)), rng.normal(size=(3, 5, 4))
-    output, pull = jax.vjp(lambda t: lookup(t, jnp.asarray(ids)), jnp.asarray(table, jnp.float32))
+    output, pull = jax.vjp(lambda t: lookup(t, jnp.asarray(ids), "float32"), jnp.asarray(table, jnp.float32))
     np.testing.assert_array_equal(output, table[ids].astype(np.float32))
     expected = np.zeros_like(table)
     np.add.at(expected, ids, weights)

@@ -20,6 +20,7 @@ from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import ValidatorPool, parse_structure, validate
+from crystallm_jax.processes import Interruption, TerminatedError
 from crystallm_jax.results import ResultsFolder, Summary, sample_into
 from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.methods import SamplingMethod
@@ -295,6 +296,24 @@ def test_an_interruption_leaves_the_cifs_and_their_table(
         "cifs/salt_2__2.cif",
     ]
     assert [row["valid"] for row in rows] == ["True", "True", "False"]
+
+
+def test_an_interruption_whose_exception_was_lost_ends_the_run_after_the_batch(
+    tmp_path: Path, texts: dict[str, str]
+) -> None:
+    samples, prompts, interruption = _samples(texts), _prompts(texts), Interruption()
+    model = _model([samples[:1], samples[1:3]])
+    with pytest.raises(TerminatedError):
+        sample_into(
+            ResultsFolder(tmp_path),
+            model,
+            prompts,
+            REQUEST,
+            pool=_at_once(),
+            on_batch=lambda _: interruption.note(TerminatedError),
+            interruption=interruption,
+        )
+    assert len(_table(tmp_path)) == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_files(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,8 +18,9 @@ from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text
 from crystallm_jax.config import load_config
 from crystallm_jax.convert.folder import write_folder
 from crystallm_jax.data.corpus import read_corpus
-from crystallm_jax.data.feed import evaluation_batches, open_rows
+from crystallm_jax.data.feed import evaluation_batches
 from crystallm_jax.data.preparing.writer import StoreWriter
+from crystallm_jax.data.rows import open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import init_params
@@ -29,8 +29,9 @@ from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
 from crystallm_jax.training.loop import run
 from crystallm_jax.training.metrics import MetricsLog
-from crystallm_jax.training.step import TrainState, batch_loss
-from crystallm_jax.training.stop import TrainingStoppedError
+from crystallm_jax.training.sharding import make_mesh
+from crystallm_jax.training.step import batch_loss, compile_steps
+from crystallm_jax.training.stop import EXIT_AGAIN, TrainingStoppedError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -54,11 +55,13 @@ TINY = TrainConfig(
     dtype="float32",
 )
 
-# Runs the command line, and after a step is logged and a checkpoint complete does what its first argument says.
+# Runs the command line, and after a step is logged and a checkpoint complete does what its first argument says;
+# "in a step": is killed as soon as that step is on its way.
 _FAULTY = """
 import os, resource, signal, sys, time
 from pathlib import Path
 from crystallm_jax.cli import main
+from crystallm_jax.training.batches import PlacedBatches
 from crystallm_jax.training.metrics import MetricsLog
 
 fault, at, checkpoint, write = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), MetricsLog.write
@@ -74,7 +77,23 @@ def write_and_fail(log, **values):
     else:
         os.kill(os.getpid(), signal.Signals[fault])
 
-MetricsLog.write = write_and_fail
+taken, take, prefetch = [], PlacedBatches.take, PlacedBatches.prefetch
+
+def take_when_saved(batches):
+    taken.append(None)
+    while len(taken) == at and not checkpoint.exists():
+        time.sleep(0.01)
+    return take(batches)
+
+def prefetch_or_die(batches):
+    if len(taken) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    prefetch(batches)
+
+if fault == "in a step":
+    PlacedBatches.take, PlacedBatches.prefetch = take_when_saved, prefetch_or_die
+else:
+    MetricsLog.write = write_and_fail
 sys.exit(main(["train", *sys.argv[4:]]))
 """
 
@@ -117,6 +136,12 @@ def _train(
 
 def _metrics(out_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _learned(out_dir: Path) -> list[dict[str, Any]]:
+    """The metrics without what is measured of time and memory."""
+    names = {"step", "tokens", "loss", "lr", "grad_norm", "param_norm", "update_norm", "skipped", "val_loss"}
+    return [{name: line[name] for name in names & line.keys()} for line in _metrics(out_dir)]
 
 
 def _steps(out_dir: Path) -> list[int]:
@@ -190,9 +215,9 @@ def test_a_run_reports_every_step(straight: Path) -> None:
     assert lines[2]["lr"] == pytest.approx(1e-2)
 
 
-def test_sigterm_saves_says_so_and_exits_with_143(stopped: Left) -> None:
+def test_sigterm_saves_says_so_and_exits_with_75(stopped: Left) -> None:
     process = stopped.process
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == EXIT_AGAIN == 75
     step = stopped.latest
     assert step in {3, 4}
     assert stopped.steps == list(range(1, step + 1))
@@ -224,10 +249,7 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished: Left,
     assert finished.process.returncode == 0, finished.process.stderr
     assert finished.steps == list(range(1, STEPS + 1))
 
-    def without_rates(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if k not in {"tokens_per_s", "mfu"}} for line in lines]
-
-    assert without_rates(_metrics(finished.out_dir)) == without_rates(_metrics(straight))
+    assert _learned(finished.out_dir) == _learned(straight)
     interrupted, uninterrupted = load_weights(finished.out_dir), load_weights(straight)
     assert interrupted.config == uninterrupted.config
     jax.tree.map(np.testing.assert_array_equal, interrupted.params, uninterrupted.params)
@@ -235,6 +257,45 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished: Left,
     assert config == dataclasses.replace(
         TINY, dataset=config.dataset, out_dir=str(finished.out_dir), init_from="resume"
     )
+
+
+def test_forty_steps_with_a_kill_in_the_eighteenth_are_those_of_an_undisturbed_run(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """The kill falls into a step of three micro-batches, with dropout and a moving average on."""
+    whole, broken = (
+        dataclasses.replace(
+            TINY,
+            dataset=str(dataset),
+            out_dir=str(tmp_path / name),
+            existing_run="resume",
+            gradient_accumulation_steps=3,
+            ema_decay=0.9,
+            max_iters=40,
+            lr_decay_iters=40,
+            eval_interval=40,
+            checkpoint_interval=17,
+        )
+        for name in ("whole", "broken")
+    )
+    run(whole)
+    changed = {name: value for name, value in vars(broken).items() if value != getattr(TINY, name)}
+    settings = [f"{name}={value}" for name, value in changed.items()]
+    out_dir = Path(broken.out_dir)
+    killed = _left(dataset, out_dir, *settings, fault=("in a step", 18, "checkpoints/17"))
+    assert killed.process.returncode == -signal.SIGKILL, killed.process.stderr
+    assert killed.latest == 17
+    assert killed.steps in (list(range(1, 17)), list(range(1, 18)))
+    run(broken)
+    assert _learned(out_dir) == _learned(Path(whole.out_dir))
+    assert _steps(out_dir) == list(range(1, 41))
+    steps = compile_steps(whole, whole.model_config(371), make_mesh(1, 1, jax.devices()[:1]))
+    states = []
+    for folder in (out_dir, Path(whole.out_dir)):
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            states.append(checkpoints.restore(steps.abstract).state)
+    assert states[0].ema is not None
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 @pytest.mark.parametrize(
@@ -409,24 +470,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(dataset: Pat
     # The first loss is finite, the parameters after it are not.
     _refused(ModelError, config, "step 1", "inf", "lower learning_rate and begin anew")
     assert _latest(tmp_path) is None
-
-
-def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
-    state = TrainState(step=jnp.zeros((), jnp.int32), params={"x": jnp.ones(2)}, opt_state=())
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0)):
-            checkpoints.save(state, step=step, data_state={}, description={"step": step}, val_loss=loss)
-            checkpoints.wait()
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() == 4
-        assert checkpoints.describe(2) == {"step": 2}
-        with pytest.raises(ModelError, match="no complete checkpoint of step 1"):
-            checkpoints.describe(1)
-        with pytest.raises(ModelError, match="of step 3"):
-            checkpoints.restore(state, 3)
-        other = dataclasses.replace(state, params={"x": jnp.ones(3)})
-        with pytest.raises(ModelError, match="cannot be restored"):
-            checkpoints.restore(other)
 
 
 def test_a_line_that_a_kill_cut_short_and_those_that_are_redone_are_dropped(tmp_path: Path) -> None:

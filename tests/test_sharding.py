@@ -61,8 +61,18 @@ config = TrainConfig(
 model_config = config.model_config(29)
 batches = np.random.default_rng(0).integers(0, 29, (3, 2, 8, 17)).astype(np.uint16)
 report = {"devices": jax.device_count()}
-for name, data, fsdp, count in (("1", 1, 1, 1), ("dp 8", -1, 1, 8), ("fsdp 8", 1, 8, 8), ("2 x 4", 2, 4, 8)):
-    steps = compile_steps(config, model_config, make_mesh(data, fsdp, jax.devices()[:count]))
+for name, data, fsdp, tensor, layers in (
+    ("1", 1, 1, 1, "unrolled"),
+    ("dp 8", 8, 1, 1, "unrolled"),
+    ("fsdp 8", 1, 8, 1, "unrolled"),
+    ("2 x 4", 2, 4, 1, "unrolled"),
+    ("2 x 2 x 2", 2, 2, 2, "unrolled"),
+    ("2 x 2 x 2 scanned", 2, 2, 2, "scanned"),
+):
+    config = dataclasses.replace(config, layers=layers)
+    model_config = config.model_config(29)
+    mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp * tensor], tensor=tensor)
+    steps = compile_steps(config, model_config, mesh)
     state = initial_state(config, model_config, steps)
     losses = []
     for tokens in batches:
@@ -72,13 +82,17 @@ for name, data, fsdp, count in (("1", 1, 1, 1), ("dp 8", -1, 1, 8), ("fsdp 8", 1
     kernels = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.addressable_shards[0].data.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
-        if "h_0" in str(path) and "kernel" in str(path)
+        if ("h_0" in str(path) or "'h'" in str(path)) and "kernel" in str(path)
     }
     report[name] = {"losses": losses, "shards": kernels}
-for name, changes, data, fsdp in (("batch", {"batch_size": 12}, -1, 1), ("width", {"n_embd": 36}, -1, 8)):
+for name, changes, fsdp, tensor in (
+    ("batch", {"batch_size": 12}, 1, 1),
+    ("width", {"n_embd": 36}, 8, 1),
+    ("heads", {"n_head": 2}, 1, 4),
+):
     changed = dataclasses.replace(config, **changes)
     try:
-        compile_steps(changed, changed.model_config(29), make_mesh(data, fsdp))
+        compile_steps(changed, changed.model_config(29), make_mesh(-1, fsdp, tensor=tensor))
     except ConfigError as error:
         report[name] = str(error)
 print(json.dumps(report))
@@ -102,7 +116,7 @@ def eight_devices() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mesh", ["dp 8", "fsdp 8", "2 x 4"])
+@pytest.mark.parametrize("mesh", ["dp 8", "fsdp 8", "2 x 4", "2 x 2 x 2", "2 x 2 x 2 scanned"])
 def test_every_mesh_gives_the_losses_of_one_device(mesh: str, eight_devices: dict[str, Any]) -> None:
     assert eight_devices["devices"] == 8
     np.testing.assert_allclose(
@@ -128,9 +142,25 @@ def test_kernels_and_their_moments_are_really_split(
         assert found == [shape] * 3
 
 
+@pytest.mark.parametrize(("mesh", "layers"), [("2 x 2 x 2", []), ("2 x 2 x 2 scanned", [1])])
+def test_a_tensor_axis_splits_heads_and_hidden_units(
+    mesh: str, layers: list[int], eight_devices: dict[str, Any]
+) -> None:
+    shards = eight_devices[mesh]["shards"]
+    for kernel, shape in {
+        "attn/c_attn": [16, 3, 16],
+        "attn/c_proj": [16, 16],
+        "mlp/c_fc": [16, 64],
+        "mlp/c_proj": [64, 16],
+    }.items():
+        found = [shard for name, shard in shards.items() if f"/{kernel}/kernel" in name]
+        assert found == [[*layers, *shape]] * 3
+
+
 def test_what_does_not_divide_over_the_mesh_is_refused(eight_devices: dict[str, Any]) -> None:
     assert "batch_size=12 is not a multiple of the 8 devices" in eight_devices["batch"]
     assert "fsdp=8 does not divide the 36" in eight_devices["width"]
+    assert "tensor=4 does not divide the 2 heads" in eight_devices["heads"]
 
 
 def test_on_one_device_everything_is_whole() -> None:

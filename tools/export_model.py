@@ -12,8 +12,9 @@ from crystallm_jax.config import load_config
 from crystallm_jax.convert.folder import write_folder
 from crystallm_jax.model import count_params
 from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import CONFIG_FILE, load_weights
-from crystallm_jax.training.runlog import METRICS_FILE
+from crystallm_jax.training.load import load_weights
+from crystallm_jax.training.metrics import METRICS_FILE
+from crystallm_jax.training.runfolder import CONFIG_FILE
 
 
 def main() -> int:

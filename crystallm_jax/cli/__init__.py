@@ -7,15 +7,19 @@ import sys
 from collections.abc import Sequence
 
 import crystallm_jax
+from crystallm_jax.cli import compile as compile_verb
 from crystallm_jax.cli import info, prepare, sample, train
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.processes import TerminatedError
 
-VERBS = (prepare, info, train, sample)
+VERBS = (prepare, info, train, sample, compile_verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 failed, 2 wrong usage, 128 + n after signal n."""
+    """Run one verb; returns the exit code: 0 done, 1 failed, 2 wrong usage, 128 + n after signal n.
+
+    Training that SIGTERM stopped, or that lost another of its processes, exits with 75: the same command goes on.
+    """
     parser = argparse.ArgumentParser(
         prog="crystallm", description="Crystal structures from a language model of CIF text."
     )

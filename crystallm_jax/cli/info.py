@@ -1,4 +1,4 @@
-"""`crystallm info`: what a prepared folder holds, and whether it is whole."""
+"""`crystallm info`: what a prepared folder holds, and whether it is whole; of a run folder, where the run stands."""
 
 import argparse
 import dataclasses
@@ -48,6 +48,8 @@ examples:
   crystallm info data/mine
   crystallm info data/mine --plot lengths.png
   crystallm info data/mine --json | jq .splits.train.elements.Na
+  crystallm info runs/mine
+  crystallm info runs/mine --json | jq .best_val_loss
 """
 
 
@@ -55,20 +57,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb and its flags."""
     parser = subparsers.add_parser(
         "info",
-        help="what a prepared folder holds, and whether it is whole",
-        description="Describe a prepared folder and verify it. Exits with 1 if anything is wrong with it.",
+        help="what a prepared folder holds, and whether it is whole; where a training run stands",
+        description="Describe a prepared folder and verify it; exits with 1 if anything is wrong with it. "
+        "Or describe a run folder, while it is written to, too, and draw its curves.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "folder", metavar="DIR", help="a prepared folder, or published token files or their archive"
+        "folder",
+        metavar="DIR",
+        help="a prepared folder, or published token files or their archive; or a run folder",
     )
     parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare checksums (default: compare them)"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the lengths, as .png, .pdf or .svg"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the lengths, or the run's curves, as .png, .pdf or .svg (default: no lengths; curves.png in the "
+        "run folder)",
     )
     parser.set_defaults(run=run)
     return parser
@@ -80,6 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         DataError: the folder holds no tokens, or the picture cannot be written.
     """
+    from crystallm_jax.training.runfolder import is_run  # noqa: PLC0415  needs NumPy, --help does not
+
+    if is_run(Path(arguments.folder)):
+        from crystallm_jax.cli.run_info import show  # noqa: PLC0415
+
+        return show(arguments)
     from crystallm_jax.data.describe import describe  # noqa: PLC0415  needs NumPy, --help does not
 
     found = describe(arguments.folder, verify=not arguments.no_verify)

@@ -119,12 +119,14 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.model, dtype=arguments.dtype)
     total = len(prompts) * request.num_samples
     with (
-        terminate_as_interrupt(),
+        terminate_as_interrupt() as interruption,
         ValidatorPool(arguments.workers, arguments.time_limit) as pool,
         tqdm(total=total, unit="sample", disable=None, file=sys.stderr) as bar,
     ):
         folder = ResultsFolder(arguments.out)
-        summary = sample_into(folder, model, prompts, request, pool=pool, on_batch=bar.update)
+        summary = sample_into(
+            folder, model, prompts, request, pool=pool, on_batch=bar.update, interruption=interruption
+        )
     _report(summary, arguments.out)
     return 0
 

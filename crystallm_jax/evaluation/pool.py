@@ -22,6 +22,7 @@ from crystallm_jax.processes import SPAWN, usable_cores
 
 GRACE = 5.0  # seconds; validate itself should end first, with a fuller report
 MEMORY = 4 * 1024**3  # bytes of address space over what a fresh worker has
+ENDING = 30.0  # seconds that the end of the workers may take; each is killed after 3
 AHEAD = 8  # texts waiting for each worker
 STOPPED = "the pool was stopped before this text was judged"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -79,7 +80,10 @@ class ValidatorPool:
     def stop(self) -> None:
         """Ends the workers at once; texts not yet judged get a report with the reason "crashed"."""
         self._pool.stop()
-        self._pool.join()
+        # Joined by a thread that may be left behind: whatever its threads wait for, the run goes on to its end.
+        ending = threading.Thread(target=self._pool.join, name="pool_end", daemon=True)
+        ending.start()
+        ending.join(ENDING)
         # pebble leaves a task open that no worker had taken yet.
         for outcome in tuple(self._open):
             self._settle(outcome, failed("crashed", STOPPED))

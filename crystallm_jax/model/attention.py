@@ -10,18 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from crystallm_jax.errors import ConfigError
+from crystallm_jax.model.blocked import ATTENTION_RESIDUALS, blocked_attention
 from crystallm_jax.model.config import AttentionBackend
+from crystallm_jax.model.precision import matmul_precision
 
 Backend = Literal["xla", "blocked", "cudnn", "splash"]
 
 # The splash kernel works on multiples of the 128 lanes of a TPU's vector unit.
 LANES = 128
-
-# What `remat: dots` keeps of a fused kernel beside its output.
-ATTENTION_RESIDUALS = "attention"
-
-# Query rows that the blocked form handles at a time; the fastest of 64, 128 and 256 on a CPU at 512 tokens.
-BLOCK_ROWS = 128
 
 
 def choose_backend(
@@ -97,19 +93,14 @@ def causal_attention(
         return splash_causal_attention(
             q_BHTd, k_BHTd, v_BHTd, segment_ids_BT, residual_name=ATTENTION_RESIDUALS
         )
-    # The blocked form never computes most of the scores that the causal mask would throw away, and keeps none for
-    # the backward pass: a block of queries sees the keys up to its own end.
+    key = dropout_key if dropout_rate > 0 else None
+    if backend == "blocked":
+        return blocked_attention(q_BHTd, k_BHTd, v_BHTd, segment_ids_BT, key, dropout_rate)
     T = q_BHTd.shape[2]
-    rows = BLOCK_ROWS if backend == "blocked" else T
-    outputs = []
-    for first in range(0, T, rows):
-        last = min(first + rows, T)
-        segments = None if segment_ids_BT is None else segment_ids_BT[:, :last]
-        attend = _last_rows if rows >= T else jax.checkpoint(_last_rows, static_argnums=4)
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, first)
-        seen = (k_BHTd[:, :, :last], v_BHTd[:, :, :last], segments)
-        outputs.append(attend(q_BHTd[:, :, first:last], *seen, dropout_rate, key))
-    return jnp.concatenate(outputs, axis=2)
+    visible = jnp.tri(T, dtype=bool)[None, None]
+    if segment_ids_BT is not None:
+        visible = visible & _same_segment(segment_ids_BT, segment_ids_BT)
+    return _softmax_attention(q_BHTd, k_BHTd, v_BHTd, visible, dropout_rate, key)
 
 
 def cached_attention(
@@ -119,22 +110,6 @@ def cached_attention(
     S = keys_BHSd.shape[2]
     visible_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
     return _softmax_attention(q_BHTd, keys_BHSd, values_BHSd, visible_BTS[:, None], 0.0, None)
-
-
-def _last_rows(
-    q_BHRd: jax.Array,
-    k_BHSd: jax.Array,
-    v_BHSd: jax.Array,
-    segment_ids_BS: jax.Array | None,
-    dropout_rate: float,
-    dropout_key: jax.Array | None,
-) -> jax.Array:
-    """Causal attention of the last R of S tokens. The mask is made here, so that the backward pass keeps none."""
-    R, S = q_BHRd.shape[2], k_BHSd.shape[2]
-    visible = (jnp.arange(S - R, S)[:, None] >= jnp.arange(S)[None, :])[None, None]
-    if segment_ids_BS is not None:
-        visible = visible & _same_segment(segment_ids_BS[:, S - R :], segment_ids_BS)
-    return _softmax_attention(q_BHRd, k_BHSd, v_BHSd, visible, dropout_rate, dropout_key)
 
 
 def _same_segment(queries_BR: jax.Array, keys_BS: jax.Array) -> jax.Array:
@@ -170,8 +145,3 @@ def _softmax_attention(
         preferred_element_type=jnp.float32,
     )
     return (mixed_BHTd / sums).astype(v_BHSd.dtype)
-
-
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """Full float32 products for float32 operands: accelerators would otherwise round them to fewer bits."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -5,13 +5,14 @@ before the optimiser sees it, and on CPUs with matrix units it misses the fast k
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from crystallm_jax.model.attention import matmul_precision
+from crystallm_jax.model.precision import matmul_precision
 
 # What `remat: dots` keeps for the backward pass.
 LINEAR_OUTPUT = "linear"
@@ -41,23 +42,25 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
 linear.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
     """Rows of a float32 table [N, D] by int ids [...]: float32 [..., D].
 
     Its gradient is a product with one-hot rows: adding into few rows many times one after the other, which a gather's
-    own gradient does, is what accelerators do slowest.
+    own gradient does, is what accelerators do slowest. The product takes the incoming gradient in `dtype`, the
+    arithmetic of what reads the rows, whose gradients have no more digits.
     """
+    del dtype
     return jnp.take(table, ids, axis=0)
 
 
-def _look(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, int]]:
-    return lookup(table, ids), (ids, table.shape[0])
+def _look(table: jax.Array, ids: jax.Array, dtype: str) -> tuple[jax.Array, tuple[jax.Array, int]]:
+    return lookup(table, ids, dtype), (ids, table.shape[0])
 
 
-def _unlook(saved: tuple[jax.Array, int], dy: jax.Array) -> tuple[jax.Array, None]:
+def _unlook(dtype: str, saved: tuple[jax.Array, int], dy: jax.Array) -> tuple[jax.Array, None]:
     ids, count = saved
-    return _transposed_product(jax.nn.one_hot(ids, count, dtype=dy.dtype), dy, dy.shape[-1:]), None
+    return _transposed_product(jax.nn.one_hot(ids, count, dtype=dtype), dy.astype(dtype), dy.shape[-1:]), None
 
 
 lookup.defvjp(_look, _unlook)

@@ -18,18 +18,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from crystallm_jax.model.attention import (
-    ATTENTION_RESIDUALS,
-    cached_attention,
-    causal_attention,
-    choose_backend,
-    matmul_precision,
-)
+from crystallm_jax.model.attention import cached_attention, causal_attention, choose_backend
 from crystallm_jax.model.axes import split_by_rows
+from crystallm_jax.model.blocked import ATTENTION_RESIDUALS
 from crystallm_jax.model.cache import KVCache, append
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.layout import stacked
 from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup
+from crystallm_jax.model.precision import matmul_precision
 
 # GPT-2's initialisation (Radford et al. 2019); branches that add to the residual stream start smaller.
 INIT_STD = 0.02
@@ -204,9 +200,11 @@ class GPT(nn.Module):
         wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init, name="wpe")
         # Unless told otherwise every row has the same positions: look them up once.
         position_BTD = lookup(
-            wpe.embedding, positions_BT[:1] if cache is None and positions is None else positions_BT
+            wpe.embedding,
+            positions_BT[:1] if cache is None and positions is None else positions_BT,
+            config.dtype,
         )
-        x_BTD = (lookup(wte.embedding, tokens) + position_BTD).astype(config.dtype)
+        x_BTD = (lookup(wte.embedding, tokens, config.dtype) + position_BTD).astype(config.dtype)
         x_BTD = split_by_rows(nn.Dropout(config.dropout)(x_BTD, deterministic=deterministic))
         x_BTD, layers = self._blocks(x_BTD, positions_BT, segment_ids, cache, deterministic)
         x_BTD = _layer_norm(config, "ln_f")(x_BTD)

@@ -2,24 +2,37 @@
 
 A checkpoint holds the training state, the data iterator's state and a description (configuration, validation loss,
 versions). It appears under its final name when it is complete: a kill or a full disk in the middle of writing
-leaves the one before as the newest.
+leaves the one before as the newest. Its files are summed up once they are there; one that is damaged since is passed
+over for the one before.
 """
 
 import contextlib
+import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from crystallm_jax.errors import ModelError
+from crystallm_jax.training.integrity import find_damage, write_checksums
 from crystallm_jax.training.sharding import path_name
 from crystallm_jax.training.step import TrainState
 
-_VALIDATION_LOSS = "val_loss"
 _LONGEST_REASON = 500
+# Where orbax keeps what is saved as JSON, in a folder named as the item.
+_JSON_FILE = "metadata"
+# What reading a damaged file ends in, in orbax, in tensorstore below it, or here.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError)
+
+logger = logging.getLogger(__name__)
+Read = TypeVar("Read")
 
 
 class Restored(NamedTuple):
@@ -42,11 +55,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
         self.folder = folder.absolute()
-        best = BestN(
-            get_metric_fn=lambda metrics: -metrics.get(_VALIDATION_LOSS, float("inf")),
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._writes = keep is not None
+        self._found: dict[int, str | None] = {}
+        self._best = _BestByLoss()
+        self._saving = 0
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
@@ -55,10 +67,17 @@ class Checkpoints:
                 "description": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-                create=keep is not None,
+                preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
+                create=self._writes,
+                # What runs that were killed left half written.
+                cleanup_tmp_directories=self._writes,
+                # Nothing is read before it is asked for: it may be damaged.
+                lightweight_initialize=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
             ),
         )
+        if self._writes:
+            self._best.losses = self._losses()
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +87,9 @@ class Checkpoints:
     ) -> None:
         if error is None:
             self._guarded(self._manager.close)
-        else:
+        elif (
+            jax.process_count() == 1
+        ):  # among several, the others may never come to where this would wait for them
             # A full disk also fails what is still being written; its error is already on its way.
             with contextlib.suppress(OSError, ValueError):
                 self._manager.close()
@@ -91,18 +112,30 @@ class Checkpoints:
         Raises:
             ModelError: the checkpoint before could not be written.
         """
+        self.wait()
+        self._saving = step
+        if val_loss is not None:
+            self._best.losses[step] = val_loss
         self._guarded(
             lambda: self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=ocp.args.JsonSave(data_state),
-                    description=ocp.args.JsonSave(description),
+                    description=ocp.args.JsonSave({**description, "val_loss": val_loss}),
                 ),
-                metrics=None if val_loss is None else {_VALIDATION_LOSS: val_loss},
                 force=True,
             )
         )
+
+    def check(self) -> None:
+        """Look, without waiting, whether the checkpoint that was being written could be.
+
+        Raises:
+            ModelError: it could not.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Return when everything is on disk.
@@ -113,43 +146,111 @@ class Checkpoints:
         self._guarded(self._manager.wait_until_finished)
 
     def describe(self, step: int | None = None) -> dict[str, Any]:
-        """The description of a checkpoint (the newest by default), without its arrays."""
-        step = self._existing(step)
-        return self._manager.restore(
-            step, args=ocp.args.Composite(description=ocp.args.JsonRestore())
-        ).description
-
-    def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
-        """Read a checkpoint (the newest by default) straight into the shardings of `abstract`.
+        """The description of a checkpoint (the newest intact one by default), without its arrays.
 
         Raises:
-            ModelError: there is none, or its arrays have other shapes.
+            ModelError: there is none, or the one asked for is damaged.
         """
-        step = self._existing(step)
-        place = self.folder / str(step)
-        try:
-            # Compared first: a read that fails half-way leaves others of it running.
-            _check_shapes(self._manager.item_metadata(step)["state"], abstract, place)
-            items = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
-                    data=ocp.args.JsonRestore(),
-                    description=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise ModelError(f"{place}: cannot be restored: {_first_line(error)}") from None
+        return self._intact(self._description, step)
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
+        """Read a checkpoint (the newest intact one by default) straight into the shardings of `abstract`.
+
+        Where this run writes, newer ones that are damaged are set aside, under a name that ends in `.damaged`.
+
+        Raises:
+            ModelError: there is none, the one asked for is damaged, or its arrays have other shapes.
+        """
+        restored = self._intact(lambda candidate: self._restored(abstract, candidate), step)
+        if self._writes:
+            self._set_aside(restored.step)
+        return restored
+
+    def _restored(self, abstract: TrainState, step: int) -> Restored:
+        # Compared first: a read that fails half-way leaves others of it running.
+        _check_shapes(self._manager.item_metadata(step)["state"], abstract, self.folder / str(step))
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract),
+                data=ocp.args.JsonRestore(),
+                description=ocp.args.JsonRestore(),
+            ),
+        )
         return Restored(step, items.state, items.data, items.description)
 
-    def _existing(self, step: int | None) -> int:
-        steps = self._manager.all_steps()
+    def _description(self, step: int) -> dict[str, Any]:
+        return dict(json.loads((self.folder / str(step) / "description" / _JSON_FILE).read_bytes()))
+
+    def _intact(self, read: Callable[[int], Read], step: int | None) -> Read:
+        """What is read of a checkpoint, or of the newest one that is intact; says which were passed over."""
+        steps = self._existing(step)
+        told = len([found for found in self._found.values() if found])
+        for candidate in steps:
+            try:
+                if (damage := self._damage(candidate)) is None:
+                    result = read(candidate)
+                    break
+            except Exception as error:
+                if not _tells_of_damage(error):
+                    raise
+                damage = self._found[candidate] = f"cannot be restored: {_first_line(error)}"
+        else:
+            damage = self._found[steps[0]]
+            raise ModelError(
+                f"{self.folder / str(steps[0])}: damaged: {damage};"
+                + (" no other is intact either: begin anew in another out_dir" if step is None else "")
+            )
+        passed = {number: found for number, found in self._found.items() if found and number > candidate}
+        if step is None and len(passed) > told:
+            what = "; ".join(f"step {number}: {found}" for number, found in passed.items())
+            logger.warning("%s: damaged (%s): step %d is taken", self.folder, what, candidate)
+        return result
+
+    def _sum_up(self) -> None:
+        """Sum up a checkpoint that is written, before it gets its name; run by one process, behind the training."""
+        for folder in self.folder.glob(f"{self._saving}.*tmp*"):
+            write_checksums(folder)
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint: read by one process, once, and told to all."""
+        if step not in self._found:
+            damage = find_damage(self.folder / str(step)) if jax.process_index() == 0 else None
+            if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(damage is not None)):
+                damage = damage or "its files have changed since they were written"
+            self._found[step] = damage
+        return self._found[step]
+
+    def _set_aside(self, step: int) -> None:
+        """Rename the damaged checkpoints after a step: the run will write those steps anew."""
+        damaged = [number for number, found in self._found.items() if found and number > step]
+        for number in damaged:
+            if jax.process_index() == 0:
+                names = (f"{number}.damaged{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 100))))
+                free = next(path for path in map(self.folder.joinpath, names) if not path.exists())
+                (self.folder / str(number)).rename(free)
+            del self._found[number]
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
+
+    def _losses(self) -> dict[int, float]:
+        """Validation losses by step, of the checkpoints that are there and can be read."""
+        losses = {}
+        for step in self._manager.all_steps():
+            with contextlib.suppress(*_UNREADABLE):
+                losses[step] = float(self._description(step)["val_loss"])
+        return losses
+
+    def _existing(self, step: int | None) -> list[int]:
+        steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps or (step is not None and step not in steps):
             wanted = "" if step is None else f" of step {step}"
             raise ModelError(f"{self.folder}: no complete checkpoint{wanted}; start with init_from=scratch")
-        return self._manager.latest_step() if step is None else step
+        return steps if step is None else [step]
 
-    def _guarded(self, action: Any) -> None:
+    def _guarded(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except (OSError, ValueError) as error:
@@ -164,8 +265,33 @@ class Checkpoints:
             ) from None
 
 
+class _BestByLoss(PreservationPolicy):
+    """Keeps the checkpoint of the lowest validation loss.
+
+    Attributes:
+        losses: by step, of the checkpoints that have one.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:  # noqa: ARG002  orbax's
+        """Which of the checkpoints to keep."""
+        known = {info.step: self.losses[info.step] for info in checkpoints if info.step in self.losses}
+        best = min(known, key=lambda step: (known[step], -step)) if known else None
+        return [info.step == best for info in checkpoints]
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Whether a read failed for what is on disk; what the store finds amiss comes as a plain Exception."""
+    unreadable = isinstance(error, _UNREADABLE) or type(error) is Exception
+    return unreadable and not isinstance(error, ModelError)
+
+
 def _check_shapes(saved: Any, wanted: Any, place: Path) -> None:
     """Refuse a checkpoint whose arrays are not those that are asked for."""
+    if saved is None:
+        raise KeyError("the list of its arrays is missing")
     found, asked = (
         {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (saved, wanted)
@@ -174,9 +300,16 @@ def _check_shapes(saved: Any, wanted: Any, place: Path) -> None:
         if found.get(name) != shape:
             there = f"has shape {found[name]}" if name in found else "is missing"
             raise ModelError(f"{place}: cannot be restored: {name} {there}, where {shape} is asked for")
+    if extra := sorted(found.keys() - asked.keys()):
+        raise ModelError(
+            f"{place}: cannot be restored: it holds {extra[0]}, which this configuration has not: set ema_decay and"
+            " optimizer as they were"
+        )
 
 
 def _first_line(error: BaseException) -> str:
     """What went wrong, without the description of the store that tensorstore appends."""
     line = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-    return line.split(" [tensorstore_spec", 1)[0][:_LONGEST_REASON]
+    for description in (" [tensorstore_spec", " See full TensorStore"):
+        line = line.split(description, 1)[0]
+    return line[:_LONGEST_REASON]

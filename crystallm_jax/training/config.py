@@ -190,6 +190,10 @@ class TrainConfig:
                 f"lr_decay_iters={self.lr_decay_iters} must be above warmup_iters={self.warmup_iters}"
                 " (or set decay_lr=false)"
             )
+        if self.patience > 0 and not (self.validate and self.eval_iters_val > 0):
+            raise ConfigError(
+                f"patience={self.patience} needs a validation loss: set validate=true and eval_iters_val above 0"
+            )
         if not 0 <= self.underrep_p <= 1:
             raise ConfigError(f"underrep_p={self.underrep_p}: must be a probability, from 0 to 1")
 

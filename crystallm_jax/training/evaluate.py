@@ -5,9 +5,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from crystallm_jax.data.feed import Rows, evaluation_batches, open_rows
+from crystallm_jax.data.feed import evaluation_batches
+from crystallm_jax.data.rows import Rows, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.distributed import Share, sum_of_all
 from crystallm_jax.training.step import CompiledSteps
 
 
@@ -19,13 +21,20 @@ class Evaluator:
         steps: its compiled steps.
         store: the training set.
         val_store: the validation set, if it is to be evaluated.
+        share: of every batch, what this process reads.
     """
 
     def __init__(
-        self, config: TrainConfig, steps: CompiledSteps, store: TokenStore, val_store: TokenStore | None
+        self,
+        config: TrainConfig,
+        steps: CompiledSteps,
+        store: TokenStore,
+        val_store: TokenStore | None,
+        share: Share,
     ) -> None:
         self._config = config
         self._steps = steps
+        self._share = share
         self._rows: dict[str, tuple[Rows, int]] = {
             name: (
                 open_rows(source, block_size=config.block_size, windows=config.windows, seed=config.seed),
@@ -43,12 +52,20 @@ class Evaluator:
         config = self._config
         found = {}
         for name, (rows, count) in self._rows.items():
-            losses, weights = [], []
+            losses, counted = [], []
             for batch in evaluation_batches(
-                rows, batch_size=config.batch_size, count=count, seed=config.seed
+                rows,
+                batch_size=config.batch_size,
+                count=count,
+                seed=config.seed,
+                host=self._share.host,
+                hosts=self._share.hosts,
             ):
-                placed = jax.device_put(batch, self._steps.batch)
+                placed = jax.tree.map(self._placed, batch)
                 losses.append(self._steps.evaluate(params, placed))
-                weights.append(batch.counted)
-            found[name] = float(np.average(jax.device_get(losses), weights=weights))
+                counted.append(batch.counted)
+            found[name] = float(np.average(jax.device_get(losses), weights=sum_of_all(counted)))
         return found
+
+    def _placed(self, leaf: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._steps.batch, leaf)

@@ -19,6 +19,10 @@ from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps
 
+DEFAULT_NAME = "default"
+"""The name of the model in the package."""
+DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / DEFAULT_NAME
+
 
 class Weights(NamedTuple):
     """A model's shape and its float32 parameters on the host."""
@@ -28,12 +32,12 @@ class Weights(NamedTuple):
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read a published `ckpt.pt`, a model folder, or the newest checkpoint of a run folder.
+    """Read a published `ckpt.pt`, a model folder, a run folder's newest checkpoint, one of them, or `default`.
 
     Raises:
         ModelError: nothing of the kind is there, or it is damaged.
     """
-    path = Path(path)
+    path = DEFAULT_MODEL if str(path) == DEFAULT_NAME else Path(path)
     if path.is_file():
         published = read_published(path)
         return Weights(published.config, published.params)
@@ -42,6 +46,8 @@ def load_weights(path: str | Path) -> Weights:
         return Weights(folder.config, folder.params)
     if (path / CHECKPOINTS_FOLDER).is_dir():
         return _read_run(path)
+    if path.parent.name == CHECKPOINTS_FOLDER and path.name.isdecimal() and path.is_dir():
+        return _read_run(path.parents[1], step=int(path.name))
     raise ModelError(
         f"{path}: no model there; expected a published ckpt.pt, a folder with {WEIGHTS_FILE}, or a run folder"
         f" with {CHECKPOINTS_FOLDER}/"
@@ -64,14 +70,14 @@ def crop_block_size(weights: Weights, block_size: int, *, place: str) -> Weights
     return Weights(config, {**weights.params, "wpe": {"embedding": table}})
 
 
-def _read_run(path: Path) -> Weights:
+def _read_run(path: Path, step: int | None = None) -> Weights:
     config = load_config(TrainConfig, path / CONFIG_FILE)
     with Checkpoints(path / CHECKPOINTS_FOLDER) as checkpoints:
-        vocab_size = int(checkpoints.describe()["vocab_size"])
+        vocab_size = int(checkpoints.describe(step)["vocab_size"])
         model_config = config.model_config(vocab_size)
         # Whatever mesh it was trained on, it is read onto one device, of this process where there are several.
         one_device = make_mesh(1, 1, jax.local_devices()[:1])
         steps = compile_steps(config, model_config, one_device)
-        state = checkpoints.restore(steps.abstract).state
+        state = checkpoints.restore(steps.abstract, step).state
     params = jax.tree.map(np.asarray, unstacked(state.exported))
     return Weights(replace(model_config, layers="unrolled", remat="none"), params)

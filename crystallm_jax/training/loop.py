@@ -14,15 +14,27 @@ from typing import Any, NamedTuple
 import jax
 
 from crystallm_jax.config import to_yaml
-from crystallm_jax.data.feed import open_feed
+from crystallm_jax.data.feed import Feed, open_feed
 from crystallm_jax.data.store import TokenStore
-from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import ModelConfig, count_params
 from crystallm_jax.training.batches import PlacedBatches
 from crystallm_jax.training.checkpoint import Checkpoints
+from crystallm_jax.training.compiler import use_compilation_cache
 from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.training.distributed import (
+    LateMaximum,
+    Share,
+    batch_share,
+    is_writer,
+    join,
+    peers_watched,
+    wait_for_all,
+)
+from crystallm_jax.training.early import Patience
 from crystallm_jax.training.evaluate import Evaluator
-from crystallm_jax.training.load import CHECKPOINTS_FOLDER, CONFIG_FILE
+from crystallm_jax.training.nonfinite import NonFiniteSteps
+from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.runlog import RunLog, describe
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.start import start
@@ -47,51 +59,48 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
     """Train as configured, from scratch, from other weights, or from where `out_dir` stands.
 
     Args:
-        config: the run.
+        config: the run; its processes join here, unless they have already.
         probe: what is measured every `sample_interval` steps, given the weights that would be exported.
 
     Raises:
         CrystallmError: anything in the configuration, the data or the checkpoints that cannot be used.
-        TrainingStoppedError: SIGTERM or Ctrl-C, after the state was saved.
+        TrainingStoppedError: SIGTERM or Ctrl-C, to any process, after the state was saved by all.
+        PeerLostError: another process of the run is gone.
     """
     if not config.dataset:
         raise ConfigError("dataset is not set: give dataset=DIR, a folder made by `crystallm prepare`")
+    join(config)
+    use_compilation_cache(config.compilation_cache)
     store = TokenStore.open(config.dataset)
     val_store = TokenStore.open(config.dataset, "val") if config.validate else None
     model_config = config.model_config(store.header.vocab_size)
     mesh = make_mesh(config.data_parallel, config.fsdp, tensor=config.tensor)
     steps = compile_steps(config, model_config, mesh)
-    out_dir = _made(config.out_dir)
+    share = batch_share(steps.batch, config.batch_size)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(peers_watched())
+        out_dir = _made(config.out_dir)
         checkpoints = stack.enter_context(Checkpoints(out_dir / CHECKPOINTS_FOLDER, config.keep_checkpoints))
-        feed = stack.enter_context(
-            contextlib.closing(
-                open_feed(
-                    store,
-                    block_size=config.block_size,
-                    windows=config.windows,
-                    batch_size=config.batch_size,
-                    micro_batches=config.gradient_accumulation_steps,
-                    seed=config.seed,
-                    underrep_p=config.underrep_p,
-                    host=jax.process_index(),
-                    hosts=jax.process_count(),
-                )
-            )
-        )
+        feed = stack.enter_context(contextlib.closing(_opened_feed(config, store, share)))
         state, first_step = start(config, model_config, steps, checkpoints, feed)
-        stop = stack.enter_context(stop_signals())
-        _write_config(out_dir, config)
+        stop = stack.enter_context(stop_signals(LateMaximum(mesh) if jax.process_count() > 1 else None))
+        if is_writer():
+            _write_config(out_dir, config)
         trainer = _Trainer(
             config,
             model_config,
             steps,
             checkpoints,
             PlacedBatches(feed, steps.micro_batches),
-            Evaluator(config, steps, store, val_store),
+            Evaluator(config, steps, store, val_store, share),
             probe,
             stop,
+            NonFiniteSteps(config, feed),
+            Patience(config.patience),
         )
+        if first_step > 0:
+            described = checkpoints.describe(first_step)
+            trainer.patience.set_state(described.get("patience", trainer.patience.get_state()))
         num_params = count_params(steps.abstract.params)
         logger.info(
             "%s: %.2f M parameters, %d training records, %d devices, from step %d of %d",
@@ -102,25 +111,52 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
             first_step,
             config.max_iters,
         )
-        if config.eval_only or first_step >= config.max_iters:
+        if config.eval_only or first_step >= config.max_iters or trainer.patience.exhausted:
             return trainer.evaluate_only(state, first_step)
         log = stack.enter_context(
-            RunLog.opened(config, model_config, num_params=num_params, first_step=first_step)
+            RunLog.opened(
+                config, model_config, num_params=num_params, first_step=first_step, writes=is_writer()
+            )
         )
         return trainer.run(state, first_step, log)
 
 
+def _opened_feed(config: TrainConfig, store: TokenStore, share: Share) -> Feed:
+    return open_feed(
+        store,
+        block_size=config.block_size,
+        windows=config.windows,
+        batch_size=config.batch_size,
+        micro_batches=config.gradient_accumulation_steps,
+        seed=config.seed,
+        underrep_p=config.underrep_p,
+        host=share.host,
+        hosts=share.hosts,
+    )
+
+
 def _made(out_dir: str) -> Path:
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out_dir={out_dir}: cannot be made: {error.strerror}") from None
+    if is_writer():
+        try:
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out_dir={out_dir}: cannot be made: {error.strerror}") from None
+    wait_for_all("out_dir")
+    if not Path(out_dir).is_dir():
+        raise ConfigError(
+            f"out_dir={out_dir}: process 0 has made it, process {jax.process_index()} does not see it: choose a"
+            " folder that all hosts share"
+        )
     return Path(out_dir)
 
 
 def _write_config(out_dir: Path, config: TrainConfig) -> None:
+    # Which processes train is not of the run: another sitting may have others.
+    alone = dataclasses.replace(
+        config, coordinator_address=None, num_processes=None, process_id=None, local_device_ids=None
+    )
     partial = out_dir / f"{CONFIG_FILE}.partial"
-    partial.write_text(to_yaml(config))
+    partial.write_text(to_yaml(alone))
     partial.replace(out_dir / CONFIG_FILE)
 
 
@@ -136,6 +172,8 @@ class _Trainer:
     evaluator: Evaluator
     probe: Probe | None
     stop: StopRequest
+    non_finite: NonFiniteSteps
+    patience: Patience
 
     def evaluate_only(self, state: TrainState, step: int) -> RunResult:
         """Losses of a state as it is."""
@@ -150,7 +188,8 @@ class _Trainer:
         loss = math.nan
         losses: dict[str, float] = {}
         for step in range(first_step + 1, config.max_iters + 1):
-            state, metrics = self.steps.train(state, self.batches.take())
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = self.steps.train(state, self.batches.take())
             last = step == config.max_iters
             if not last:
                 self.batches.prefetch()
@@ -158,12 +197,15 @@ class _Trainer:
                 # The step just dispatched runs while the one before is fetched.
                 loss = self._report(log, step - 1, pending, {})
             pending = metrics
-            stopping = self.stop.agreed(step)
+            stopping = self.stop.agreed()
             evaluating = not stopping and (last or step % config.eval_interval == 0)
             probing = self._probing(step) and not stopping
             saving = stopping or last or step % (config.checkpoint_interval or config.eval_interval) == 0
             if evaluating or probing or saving:
+                jax.block_until_ready(metrics)
+                log.stop_clock()
                 losses = self._evaluate(state, step, evaluating=evaluating, probing=probing)
+                self.patience.note(step, losses.get("val_loss"))
                 loss = self._report(log, step, pending, losses)
                 pending = None
                 if saving or evaluating:
@@ -171,8 +213,11 @@ class _Trainer:
                 log.restart_clock()
             if stopping:
                 self._end(step)
+            if self.patience.exhausted:
+                logger.info("step %d: %s: the run ends here", step, self.patience)
+                break
         self.checkpoints.wait()
-        return RunResult(config.max_iters, loss, losses.get("val_loss"))
+        return RunResult(step, loss, losses.get("val_loss"))
 
     def _probing(self, step: int) -> bool:
         interval = self.config.sample_interval
@@ -197,13 +242,8 @@ class _Trainer:
             "data_wait_s": round(self.batches.take_waited(), 6),
         }
         log.step(step, values, losses)
-        if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "param_norm")):
-            newest = self.checkpoints.latest_step()
-            mend = "begin anew" if newest is None else f"resume from step {newest}"
-            raise ModelError(
-                f"step {step}: the loss is {values['loss']}, the gradient's norm {values['grad_norm']}, the"
-                f" parameters' {values['param_norm']}; lower learning_rate and {mend}"
-            )
+        self.checkpoints.check()
+        self.non_finite.check(step, fetched, self.checkpoints.latest_step())
         return values["loss"]
 
     def _save(self, state: TrainState, step: int, val_loss: float | None) -> None:
@@ -215,7 +255,8 @@ class _Trainer:
                 "model": dataclasses.asdict(self.model_config),
                 "train": dataclasses.asdict(self.config),
                 "vocab_size": self.model_config.vocab_size,
-                "val_loss": val_loss,
+                "patience": self.patience.get_state(),
+                "random": "dropout: fold_in(fold_in(key(train.seed), step - 1), micro-batch); data: its own state",
                 "versions": {
                     name: version(name)
                     for name in ("jax", "flax", "optax", "grain", "numpy", "orbax-checkpoint")

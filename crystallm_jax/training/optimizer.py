@@ -63,8 +63,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     match config.optimizer:
         case "adamw":
             return _adamw(config)
-        case "muon":  # it moves what decays
-            return optax.partition({True: _muon(config), False: _adamw(config)}, decay_mask)
+        case "muon":
+            return optax.partition({"muon": _muon(config), "adamw": _adamw(config)}, _movers)
 
 
 def _adamw(config: TrainConfig) -> optax.GradientTransformation:
@@ -77,6 +77,11 @@ def _adamw(config: TrainConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
+
+
+def _movers(params: Any) -> Any:
+    """What moves each parameter: Muon those that decay."""
+    return jax.tree.map(lambda decays: "muon" if decays else "adamw", decay_mask(params))
 
 
 def _muon(config: TrainConfig) -> optax.GradientTransformation:

@@ -43,7 +43,8 @@ def start(
         return Start(restored.state, restored.step)
     if newest is not None:
         raise ConfigError(
-            f"{config.out_dir} already holds a run at step {newest}: use init_from=resume or another out_dir"
+            f"{config.out_dir} already holds a run at step {newest}: use init_from=resume, existing_run=resume or"
+            " another out_dir"
         )
     if config.init_from == "scratch":
         return Start(initial_state(config, model_config, steps), 0)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.layout import stacked
+from crystallm_jax.training.compiler import step_options
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, learning_rate_schedule, make_optimizer
 from crystallm_jax.training.sharding import (
@@ -217,6 +218,7 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
         in_shardings=(shardings, micro_batches),
         out_shardings=(shardings, whole),
         donate_argnums=0,
+        compiler_options=step_options(mesh),
     )
     evaluate = jax.jit(
         in_mesh(lambda params, given: batch_loss(model_config, params, given)),
