@@ -9,6 +9,7 @@ the outer axis: on CPUs with matrix units, whose fast kernels want the one and w
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,42 +85,36 @@ def _backward(dropout_rate: float, saved: _Residuals, d_output: jax.Array) -> tu
 blocked_attention.defvjp(_forward, _backward)
 
 
-def _by_platform(compute: Any, segment_ids: jax.Array | None, *operands: jax.Array) -> Any:
+def _by_platform(compute: Callable[..., Any], segment_ids: jax.Array | None, *operands: jax.Array) -> Any:
     """On a CPU a few heads after the other, each device its own; elsewhere all at once."""
-    segments = () if segment_ids is None else (segment_ids,)
+    return jax.lax.platform_dependent(
+        segment_ids, *operands, cpu=partial(_by_device, compute), default=partial(compute, rows=_ROWS)
+    )
 
-    def whole(*given: jax.Array) -> Any:
-        return compute(*_with_segments(given), rows=_ROWS)
 
-    def by_heads(*given: jax.Array) -> Any:
-        segment_ids, *operands = _with_segments(given)
-        B, H = operands[0].shape[:2]
-        heads = math.gcd(B * H, _CPU_HEADS) if segment_ids is None else math.gcd(H, _CPU_HEADS)
-        parts = [leaf.reshape(B * H // heads, heads, *leaf.shape[2:]) for leaf in operands]
-        repeated = None if segment_ids is None else jnp.repeat(segment_ids, H // heads, axis=0)
-        results = jax.lax.map(
-            lambda part: compute(part[0], *part[1], rows=_CPU_ROWS), (repeated, tuple(parts))
-        )
-        return tuple(result.reshape(B, H, *result.shape[2:]) for result in results)
+def _by_device(compute: Callable[..., Any], segment_ids: jax.Array | None, *operands: jax.Array) -> Any:
+    """Each device of the mesh at hand on its own rows and heads: a loop over split ones would gather them first."""
+    by_heads = partial(_by_heads, compute)
+    if jax.sharding.get_abstract_mesh().empty:
+        return by_heads(segment_ids, *operands)
 
-    def each_device(*given: jax.Array) -> Any:
-        if jax.sharding.get_abstract_mesh().empty:
-            return by_heads(*given)
+    def spec(leaf: Any) -> PartitionSpec:
+        return PartitionSpec(BATCH_AXES, TENSOR, *[None] * (leaf.ndim - 2))
 
-        def spec(leaf: Any) -> PartitionSpec:
-            """Of heads [B, H, T, ...], or of segment ids [B, T]."""
-            axes = (BATCH_AXES, None) if leaf.ndim == 2 else (BATCH_AXES, TENSOR, *[None] * (leaf.ndim - 2))
-            return PartitionSpec(*axes)
+    given = (PartitionSpec(BATCH_AXES, None), *map(spec, operands))
+    results = jax.eval_shape(by_heads, segment_ids, *operands)
+    split = jax.shard_map(by_heads, in_specs=given, out_specs=tuple(map(spec, results)), check_vma=False)
+    return split(segment_ids, *operands)
 
-        # A loop over rows and heads that are split over devices would gather them first.
-        results = jax.eval_shape(by_heads, *given)
-        specs = jax.tree.map(spec, (given, results))
-        return jax.shard_map(by_heads, in_specs=specs[0], out_specs=specs[1], check_vma=False)(*given)
 
-    def _with_segments(given: tuple[jax.Array, ...]) -> tuple[jax.Array | None, ...]:
-        return given if segments else (None, *given)
-
-    return jax.lax.platform_dependent(*segments, *operands, cpu=each_device, default=whole)
+def _by_heads(compute: Callable[..., Any], segment_ids: jax.Array | None, *operands: jax.Array) -> Any:
+    """Some heads of a row after the other."""
+    B, H = operands[0].shape[:2]
+    heads = math.gcd(H, _CPU_HEADS)
+    parts = [leaf.reshape(B * H // heads, heads, *leaf.shape[2:]) for leaf in operands]
+    repeated = None if segment_ids is None else jnp.repeat(segment_ids, H // heads, axis=0)
+    results = jax.lax.map(lambda part: compute(*part, rows=_CPU_ROWS), (repeated, *parts))
+    return tuple(result.reshape(B, H, *result.shape[2:]) for result in results)
 
 
 def _outputs(

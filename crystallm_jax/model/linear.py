@@ -75,18 +75,26 @@ def _transposed_product(x: jax.Array, dy: jax.Array, features: tuple[int, ...]) 
 
     def in_slices(x: jax.Array, dy: jax.Array) -> jax.Array:
         rows, gradients = x.reshape(-1, x.shape[-1]), dy.reshape(-1, math.prod(features))
-        transposed = rows.T
-        parts = [
-            _product(
-                transposed[:, first : first + _GRADIENT_TOKENS],
-                gradients[first : first + _GRADIENT_TOKENS],
-                ((1,), (0,)),
-            )
-            for first in range(0, len(rows), _GRADIENT_TOKENS)
-        ]
-        return sum(parts[1:], parts[0]).reshape(x.shape[-1], *features)
+        # The narrower of the two is laid out anew.
+        if rows.shape[1] > gradients.shape[1]:
+            return _sliced_product(gradients, rows).T.reshape(x.shape[-1], *features)
+        return _sliced_product(rows, gradients).reshape(x.shape[-1], *features)
 
     return jax.lax.platform_dependent(x, dy, cpu=in_slices, default=whole)
+
+
+def _sliced_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The transpose of a [N, D] times b [N, E], float32 [D, E], some rows at a time."""
+    a_transposed = a.T
+    parts = [
+        _product(
+            a_transposed[:, first : first + _GRADIENT_TOKENS],
+            b[first : first + _GRADIENT_TOKENS],
+            ((1,), (0,)),
+        )
+        for first in range(0, len(b), _GRADIENT_TOKENS)
+    ]
+    return sum(parts[1:], parts[0])
 
 
 def _product(

@@ -23,6 +23,7 @@ from crystallm_jax.model.axes import split_by_rows
 from crystallm_jax.model.blocked import ATTENTION_RESIDUALS
 from crystallm_jax.model.cache import KVCache, append
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.model.elementwise import LayerNorm, gelu
 from crystallm_jax.model.layout import stacked
 from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup
 from crystallm_jax.model.precision import matmul_precision
@@ -40,11 +41,8 @@ class LayerCache(NamedTuple):
     length: jax.Array
 
 
-def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    # Two passes over the data for the variance, as the published code does: one pass loses digits in float32.
-    return nn.LayerNorm(
-        epsilon=LAYER_NORM_EPS, use_bias=config.bias, use_fast_variance=False, dtype=config.dtype, name=name
-    )
+def _layer_norm(config: ModelConfig, name: str) -> LayerNorm:
+    return LayerNorm(use_bias=config.bias, dtype=config.dtype, epsilon=LAYER_NORM_EPS, name=name)
 
 
 def _linear(config: ModelConfig, features: tuple[int, ...], name: str, *, std: float = INIT_STD) -> Linear:
@@ -108,7 +106,7 @@ class MLP(nn.Module):
         """Return the branch's output [B, T, D]."""
         config = self.config
         x = _linear(config, (4 * config.n_embd,), "c_fc")(x_BTD)
-        x = nn.gelu(x, approximate=True)
+        x = gelu(x)
         x = _linear(config, (config.n_embd,), "c_proj", std=_residual_std(config))(x)
         return nn.Dropout(config.dropout)(x, deterministic=self.deterministic)
 
