@@ -231,6 +231,7 @@ print(*({"jax", "flax", "orbax", "grain", "pymatgen", "scipy", "ase", "omegaconf
         ("prepare x --out y --stages polish", "'polish' is no stage"),
         ("prepare x --out y --executor cloud", "invalid choice: 'cloud'"),
         ("prepare --out x", "required: INPUT"),
+        ("train n_layer=2 --config tiny 3", "unrecognized arguments: 3"),
         ("train --layers 3", "unrecognized arguments: --layers"),
         (
             "sample --out x",

@@ -45,6 +45,26 @@ def test_a_mesh_that_is_not_the_devices_is_refused() -> None:
         make_mesh(2, 1, devices)
 
 
+class _Chip:
+    """What a mesh asks of a TPU."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v4", 0, 0
+
+    def __init__(self, number: int, slice_index: int) -> None:
+        self.id = number
+        self.slice_index = slice_index
+        self.coords = (number % 2, number // 2, 0)
+
+
+def test_only_the_data_axis_runs_between_tpu_slices() -> None:
+    chips: list[Any] = [_Chip(number, index) for number in range(4) for index in range(2)]
+    mesh = make_mesh(-1, 2, chips, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ConfigError, match="fsdp=8 × tensor=1 does not divide the 4 devices of each of the 2"):
+        make_mesh(-1, 8, chips)
+
+
 _EIGHT_DEVICES = """
 import dataclasses, json
 import jax, numpy as np

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate_schedule
 from crystallm_jax.training.sharding import make_mesh, parameter_specs
-from crystallm_jax.training.step import CompiledSteps, batch_loss, compile_steps, cross_entropy, initial_state
+from crystallm_jax.training.step import (
+    CompiledSteps,
+    batch_loss,
+    compile_steps,
+    create_state,
+    cross_entropy,
+    initial_state,
+    train_step,
+)
 
 STEP_TOLERANCE = 1e-4
 
@@ -355,3 +364,15 @@ def test_clipping_scales_down_to_the_limit_and_never_up() -> None:
     assert _norm(clip_by_norm(grads, jnp.array(5.0), 1.0)) == pytest.approx(1.0, rel=1e-6)
     for limit in (10.0, 0.0):
         jax.tree.map(np.testing.assert_array_equal, clip_by_norm(grads, jnp.array(5.0), limit), grads)
+
+
+def test_dropout_is_drawn_by_the_generator_that_is_asked_for() -> None:
+    config = dataclasses.replace(OWN, dropout=0.5)
+    model_config = dataclasses.replace(OWN_MODEL, dropout=0.5)
+    state = create_state(config, init_params(model_config, jax.random.key(0)))
+    batch = Batch(np.zeros((1, 2, 9), np.uint16))
+    losses = [
+        float(jax.jit(partial(train_step, config, model_config, generator=generator))(state, batch)[1].loss)
+        for generator in ("threefry2x32", "rbg", "rbg")
+    ]
+    assert losses[0] != losses[1] == losses[2]

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
-    parsed = parser.parse_args(arguments)
+    parsed, left = parser.parse_known_args(arguments)
+    # argparse takes settings before the options or behind them, not both.
+    if left and (not hasattr(parsed, "overrides") or any(re.match("-|[^=]*$", text) for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        parsed.overrides = [*parsed.overrides, *left]
     _log_to_stderr()
     try:
         return parsed.run(parsed)

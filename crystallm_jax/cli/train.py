@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -64,10 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     # JAX only once the settings are good.
     from crystallm_jax.training.distributed import is_writer, join, parted, wait_for_all  # noqa: PLC0415
     from crystallm_jax.training.loop import run as train  # noqa: PLC0415
+    from crystallm_jax.training.stop import stop_at_once  # noqa: PLC0415
 
     _quiet_orbax()
-    join(config)
-    with parted("train"), contextlib.ExitStack() as stack:
+    with stop_at_once(), contextlib.ExitStack() as stack:
+        join(config)
+        stack.enter_context(parted("train"))
         if config.dataset == EMBEDDED:
             if is_writer():
                 _prepare_embedded(_embedded(config))
@@ -79,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     losses = {"loss": result.loss, "validation loss": result.val_loss}
     known = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
     print(f"step {result.step}: {', '.join(known) or 'nothing left to do'}")  # noqa: T201
-    print(f"next: crystallm sample --model {config.out_dir} --composition Na4Cl4 --out samples")  # noqa: T201
+    print(f"next: crystallm sample --model {shlex.quote(config.out_dir)} --composition Na4Cl4 --out samples")  # noqa: T201
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.training.config import TrainConfig
 
+_PORTS = 1 << 16
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 # PCI devices of this vendor that are TPUs, v2 and v3 to v7x; its network cards carry the same vendor.
@@ -54,13 +55,15 @@ def make_plan(config: TrainConfig, environment: Mapping[str, str], machine: Mach
     """Decide by the settings, then by what a cluster has put into the environment.
 
     Raises:
-        ConfigError: an address without a port, ids that are not numbers, or GPUs that do not divide over tasks.
+        ConfigError: an address without a port or with an impossible one, ids that are not numbers, or GPUs that do not divide over tasks.
     """
     if config.distributed == "off":
         return Plan(False, "distributed=off")
     address = config.coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS")
     if address is not None and not re.fullmatch(r".+:\d+", address):
         raise ConfigError(f"coordinator_address={address}: has no port; give HOST:PORT of process 0")
+    if address is not None and not 0 < int(address.rsplit(":", 1)[1]) < _PORTS:
+        raise ConfigError(f"coordinator_address={address}: its port must be from 1 to {_PORTS - 1}")
     given = _device_ids(config.local_device_ids or environment.get("JAX_LOCAL_DEVICE_IDS"))
     cluster = _cluster(environment, machine, given)
     settings = (address, config.num_processes, config.process_id)

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from crystallm_jax.errors import ConfigError
+
 AUTO = "auto"
 
 # For several GPUs: collectives are started early and awaited late, those of scanned layers one layer ahead. On TPU the
@@ -41,12 +43,15 @@ def known_options(options: dict[str, bool]) -> dict[str, bool]:
     return known
 
 
-def use_compilation_cache(setting: str) -> Path | None:
+def use_compilation_cache(setting: str | None) -> Path | None:
     """Keep compiled steps on disk, so that a run that is started again need not compile; returns where, if anywhere.
 
     Args:
         setting: a folder; `auto`: $JAX_COMPILATION_CACHE_DIR, else one in the user's cache folder on accelerators and
-            none on a CPU, whose code may not run on another; empty for none.
+            none on a CPU, whose code may not run on another; empty or None for none.
+
+    Raises:
+        ConfigError: the folder that is asked for cannot be made.
     """
     if setting == AUTO:
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -60,5 +65,12 @@ def use_compilation_cache(setting: str) -> Path | None:
         return None
     else:
         folder = Path(setting)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"compilation_cache={setting}: cannot be made: {error.strerror}; give a folder that can, or null for"
+                " none"
+            ) from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder

@@ -8,8 +8,9 @@ from crystallm_jax.data.packing import Windows
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model.config import AttentionBackend, DType, Layers, ModelConfig, Remat
 
-# Whether several processes train together: where settings or the cluster's environment say so, always, or never.
-Distributed = Literal["auto", "on", "off"]
+# Whether several processes train together: where settings or the cluster's environment say so, always, or never. YAML
+# and the command line read an `on` and an `off` without quotes as true and false.
+Distributed = Literal["auto", "on", "off", True, False]
 Optimizer = Literal["adamw", "muon"]
 
 
@@ -73,7 +74,7 @@ class TrainConfig:
         remat: (new) what the backward pass computes again instead of keeping: nothing (`none`), all but the products
             of linear layers (`dots`), or whole blocks (`full`).
         compilation_cache: (new) folder of compiled steps; `auto` is $JAX_COMPILATION_CACHE_DIR, else one in the user's
-            cache folder on accelerators and none on a CPU; empty for none.
+            cache folder on accelerators and none on a CPU; empty or null for none.
         compile: accepted for published files and ignored: the step is always compiled.
         underrep_p: probability that a micro-batch is made of under-represented records alone.
         seed: (new) of initialisation, dropout and the order of the data.
@@ -140,7 +141,7 @@ class TrainConfig:
     attention: AttentionBackend = "auto"
     layers: Layers = "unrolled"
     remat: Remat = "none"
-    compilation_cache: str = "auto"
+    compilation_cache: str | None = "auto"
     compile: bool = True
     underrep_p: float = 0.0
     seed: int = 1337
@@ -154,6 +155,8 @@ class TrainConfig:
     local_device_ids: str | None = None
 
     def __post_init__(self) -> None:
+        if self.distributed not in ("auto", "on", "off"):
+            object.__setattr__(self, "distributed", "on" if self.distributed else "off")
         for name in (
             "eval_interval",
             "log_interval",

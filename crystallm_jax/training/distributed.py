@@ -75,7 +75,7 @@ def join(config: TrainConfig) -> None:
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConfigError(f"cannot join other processes ({plan.why}): {reason}; {_MEND}") from None
     finally:
         waiting.cancel()

@@ -83,7 +83,6 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
         checkpoints = stack.enter_context(Checkpoints(out_dir / CHECKPOINTS_FOLDER, config.keep_checkpoints))
         feed = stack.enter_context(contextlib.closing(_opened_feed(config, store, share)))
         state, first_step = start(config, model_config, steps, checkpoints, feed)
-        stop = stack.enter_context(stop_signals(LateMaximum(mesh) if jax.process_count() > 1 else None))
         if is_writer():
             _write_config(out_dir, config)
         trainer = _Trainer(
@@ -94,7 +93,6 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
             PlacedBatches(feed, steps.micro_batches),
             Evaluator(config, steps, store, val_store, share),
             probe,
-            stop,
             NonFiniteSteps(config, feed),
             Patience(config.patience),
         )
@@ -113,12 +111,14 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
         )
         if config.eval_only or first_step >= config.max_iters or trainer.patience.exhausted:
             return trainer.evaluate_only(state, first_step)
+        # Where a signal comes before, there is nothing to save.
+        stop = stack.enter_context(stop_signals(LateMaximum(mesh) if jax.process_count() > 1 else None))
         log = stack.enter_context(
             RunLog.opened(
                 config, model_config, num_params=num_params, first_step=first_step, writes=is_writer()
             )
         )
-        return trainer.run(state, first_step, log)
+        return trainer.run(state, first_step, log, stop)
 
 
 def _opened_feed(config: TrainConfig, store: TokenStore, share: Share) -> Feed:
@@ -156,8 +156,13 @@ def _write_config(out_dir: Path, config: TrainConfig) -> None:
         config, coordinator_address=None, num_processes=None, process_id=None, local_device_ids=None
     )
     partial = out_dir / f"{CONFIG_FILE}.partial"
-    partial.write_text(to_yaml(alone))
-    partial.replace(out_dir / CONFIG_FILE)
+    try:
+        partial.write_text(to_yaml(alone))
+        partial.replace(out_dir / CONFIG_FILE)
+    except OSError as error:
+        raise ConfigError(
+            f"{out_dir / CONFIG_FILE}: cannot be written: {error.strerror}; make room or choose another out_dir"
+        ) from None
 
 
 @dataclasses.dataclass
@@ -171,7 +176,6 @@ class _Trainer:
     batches: PlacedBatches
     evaluator: Evaluator
     probe: Probe | None
-    stop: StopRequest
     non_finite: NonFiniteSteps
     patience: Patience
 
@@ -181,7 +185,7 @@ class _Trainer:
         logger.info("step %d: %s", step, describe(found))
         return RunResult(step, found.get("train_loss"), found.get("val_loss"))
 
-    def run(self, state: TrainState, first_step: int, log: RunLog) -> RunResult:
+    def run(self, state: TrainState, first_step: int, log: RunLog, stop: StopRequest) -> RunResult:
         """Train to the last step."""
         config = self.config
         pending: StepMetrics | None = None
@@ -197,7 +201,7 @@ class _Trainer:
                 # The step just dispatched runs while the one before is fetched.
                 loss = self._report(log, step - 1, pending, {})
             pending = metrics
-            stopping = self.stop.agreed()
+            stopping = stop.agreed()
             evaluating = not stopping and (last or step % config.eval_interval == 0)
             probing = self._probing(step) and not stopping
             saving = stopping or last or step % (config.checkpoint_interval or config.eval_interval) == 0
@@ -212,7 +216,7 @@ class _Trainer:
                     self._save(state, step, losses.get("val_loss"))
                 log.restart_clock()
             if stopping:
-                self._end(step)
+                self._end(step, stop)
             if self.patience.exhausted:
                 logger.info("step %d: %s: the run ends here", step, self.patience)
                 break
@@ -266,9 +270,9 @@ class _Trainer:
             val_loss=val_loss,
         )
 
-    def _end(self, step: int) -> None:
+    def _end(self, step: int, stop: StopRequest) -> None:
         self.checkpoints.wait()
-        number = self.stop.signal_number or signal.SIGTERM
+        number = stop.signal_number or signal.SIGTERM
         raise TrainingStoppedError(
             number,
             f"{signal.Signals(number).name}: stopped at step {step}, saved; go on with init_from=resume",

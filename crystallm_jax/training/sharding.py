@@ -42,7 +42,7 @@ def make_mesh(
     """A `data` × `fsdp` × `tensor` mesh over the devices given (all by default).
 
     Raises:
-        ConfigError: the axes do not multiply to the number of devices.
+        ConfigError: the axes do not multiply to the number of devices, or do not fit into a slice of several.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
@@ -56,13 +56,31 @@ def make_mesh(
         )
     shape = (data, fsdp, tensor)
     if devices[0].platform == "tpu":
-        # Axes of the mesh on axes of the torus, so that neighbours in the one are neighbours in the other.
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        grid = _torus_grid(shape, devices)
     else:
         # Neighbours in the list talk fastest: the tensor axis, which talks most, is the innermost.
         grid = np.asarray(devices).reshape(shape)
     # Auto axes: Linen's modules do not state shardings, the compiler derives them (jax would default to Explicit).
     return Mesh(grid, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
+
+
+def _torus_grid(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Axes of the mesh on axes of the torus, so that neighbours in the one are neighbours in the other.
+
+    Several slices are joined by a slower network: only the data axis, which talks least, goes over it.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise ConfigError(
+            f"fsdp={fsdp} × tensor={tensor} does not divide the {len(devices) // slices} devices of each of the"
+            f" {slices} TPU slices, between which only the data axis may run"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def path_name(path: tuple[Any, ...]) -> str:

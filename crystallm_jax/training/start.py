@@ -12,6 +12,8 @@ from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.step import CompiledSteps, TrainState, initial_state
 
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+# Which arrays there are beside the parameters, and how those are stacked.
+_STATE_KEYS = ("layers", "optimizer", "ema_decay")
 
 
 class Start(NamedTuple):
@@ -38,6 +40,7 @@ def start(
     if resuming:
         saved = checkpoints.describe()
         _check_shape(dataclasses.asdict(model_config), saved["model"], str(checkpoints.folder))
+        _check_state(config, saved["train"], str(checkpoints.folder))
         restored = checkpoints.restore(steps.abstract)
         feed.set_state(restored.data_state)
         return Start(restored.state, restored.step)
@@ -54,8 +57,20 @@ def start(
 
 
 def _check_shape(wanted: dict[str, Any], found: dict[str, Any], place: str) -> None:
-    for key in _SHAPE_KEYS:
-        if wanted[key] != found[key]:
+    differing = [key for key in _SHAPE_KEYS if wanted[key] != found[key]]
+    if differing:
+        its, ours = (" ".join(f"{key}={shape[key]}" for key in differing) for shape in (found, wanted))
+        raise ModelError(f"{place}: its model has {its}, the configuration says {ours}")
+
+
+def _check_state(config: TrainConfig, saved: dict[str, Any], place: str) -> None:
+    """Refuse settings under which the saved state would have other arrays."""
+    for key in _STATE_KEYS:
+        now = getattr(config, key)
+        was = saved.get(key, now)
+        # Of an average it matters whether there is one.
+        if was != now and (key != "ema_decay" or 0 in (was, now)):
             raise ModelError(
-                f"{place}: its model has {key}={found[key]}, the configuration says {key}={wanted[key]}"
+                f"{place}: the run was trained with {key}={was}, now {key}={now} would need another state: set {key}"
+                " back, or begin a new run with init_from=RUN_FOLDER"
             )

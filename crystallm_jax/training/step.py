@@ -23,6 +23,8 @@ from crystallm_jax.training.sharding import (
     state_shardings,
 )
 
+THREEFRY = "threefry2x32"
+
 # Targets of this value count for nothing (the published code's ignore_index).
 IGNORED_TARGET = -1
 
@@ -129,26 +131,35 @@ def create_state(config: TrainConfig, params: Any) -> TrainState:
 
 
 def train_step(
-    config: TrainConfig, model_config: ModelConfig, state: TrainState, batch: Batch
+    config: TrainConfig,
+    model_config: ModelConfig,
+    state: TrainState,
+    batch: Batch,
+    *,
+    generator: str = THREEFRY,
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimiser step over the micro-batches of a Batch [A, B, ...].
+    """One optimiser step over the micro-batches of a Batch [A, B, ...]; `generator` draws what dropout drops.
 
     Gradients of the micro-batches are summed, not averaged, before clipping: the published code does not divide.
     """
     dropout = model_config.dropout > 0 or model_config.attention_dropout_rate > 0
-    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    step_key = jax.random.fold_in(jax.random.key(config.seed, impl=generator), state.step)
+
+    def of_micro_batch(number: jax.Array | int, micro_batch: Batch) -> tuple[jax.Array, Any]:
+        key = jax.random.fold_in(step_key, number) if dropout else None
+        return jax.value_and_grad(lambda p: batch_loss(model_config, p, micro_batch, key))(state.params)
 
     def add_micro_batch(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, jax.Array]:
-        number, micro_batch = numbered
-        key = jax.random.fold_in(step_key, number) if dropout else None
-        loss, grads = jax.value_and_grad(lambda p: batch_loss(model_config, p, micro_batch, key))(
-            state.params
-        )
+        loss, grads = of_micro_batch(*numbered)
         return jax.tree.map(jnp.add, total, grads), loss
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
     with jax.named_scope("gradients"):
-        grads, losses = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch.tokens)), batch))
+        if len(batch.tokens) == 1:  # alone, it needs no sum beside its gradients
+            loss, grads = of_micro_batch(0, jax.tree.map(lambda leaf: leaf[0], batch))
+            losses = loss[None]
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, losses = jax.lax.scan(add_micro_batch, zeros, (jnp.arange(len(batch.tokens)), batch))
     grad_norm = optax.tree.norm(grads)
     with jax.named_scope("update"):
         updates, opt_state = make_optimizer(config).update(
@@ -189,6 +200,15 @@ def _averaged(decay: float, state: TrainState, updates: Any) -> Any:
     )
 
 
+def dropout_generator(mesh: Mesh) -> str:
+    """Which generator draws what dropout drops.
+
+    On a CPU the one whose numbers do not depend on the mesh. Accelerators have a cheaper one in hardware or library:
+    the other costs as many operations as a good part of the small model itself.
+    """
+    return THREEFRY if mesh.devices.flat[0].platform == "cpu" else "rbg"
+
+
 def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) -> CompiledSteps:
     """Bind the steps to a mesh; each is compiled once, at its first call.
 
@@ -214,7 +234,11 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
 
     micro_batches, batch = NamedSharding(mesh, MICRO_BATCHES), NamedSharding(mesh, BATCH)
     train = jax.jit(
-        in_mesh(lambda state, given: train_step(config, model_config, state, given)),
+        in_mesh(
+            lambda state, given: train_step(
+                config, model_config, state, given, generator=dropout_generator(mesh)
+            )
+        ),
         in_shardings=(shardings, micro_batches),
         out_shardings=(shardings, whole),
         donate_argnums=0,

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -10,6 +11,7 @@ from crystallm_jax.errors import CrystallmError
 
 # EX_TEMPFAIL: the same command may succeed later. A scheduler can put the run back into its queue on it.
 EXIT_AGAIN = 75
+_AS_USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
 class TrainingStoppedError(CrystallmError):
@@ -56,7 +58,7 @@ def stop_signals(greatest: Callable[[int], int] | None = None) -> Iterator[StopR
 
     def note(number: int, _: FrameType | None) -> None:
         request.signal_number = number
-        signal.signal(number, previous[number])
+        signal.signal(number, _AS_USUAL[number])
 
     for watched in (signal.SIGTERM, signal.SIGINT):
         previous[watched] = signal.signal(watched, note)
@@ -65,3 +67,28 @@ def stop_signals(greatest: Callable[[int], int] | None = None) -> Iterator[StopR
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Let SIGTERM end a run where there is nothing to save: before its steps and behind them.
+
+    Ctrl-C does so by itself. Only the main thread can.
+
+    Raises:
+        TrainingStoppedError: SIGTERM came.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise TrainingStoppedError(
+            number, "SIGTERM: stopped between steps, nothing is lost; the same command goes on (existing_run=resume)"
+        )
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
