@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crystallm_jax.errors import DataError
-from crystallm_jax.training.runfolder import RunDescription, describe_run, read_lines
+from crystallm_jax.training.runfolder import RunDescription, describe_run, read_lines, whole_number
 
 CURVES_FILE = "curves.png"
 _HEAD = 13
@@ -63,7 +63,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
         f" dropout {get('dropout')}, {get('dtype')}",
     )
     yield _row("data", f"{get('dataset')}, windows {get('windows')}, seed {get('seed')}")
-    parts = [int(get(key) or 0) for key in ("gradient_accumulation_steps", "batch_size", "block_size")]
+    parts = [whole_number(get(key)) for key in ("gradient_accumulation_steps", "batch_size", "block_size")]
     yield _row(
         "step",
         f"{' × '.join(map(str, parts))} = {math.prod(parts):,} tokens; {get('optimizer')}, learning rate"

@@ -25,7 +25,8 @@ class TrainConfig:
         existing_run: (new) what to do when `out_dir` holds a run already and `init_from` is not `resume`: `refuse`, or
             `resume` it, so that a scheduler can give the same command again.
         eval_interval: optimiser steps between evaluations.
-        checkpoint_interval: (new) optimiser steps between checkpoints; 0 takes `eval_interval`.
+        checkpoint_interval: (new) optimiser steps between checkpoints; 0 takes `eval_interval`. Evaluations are
+            followed by one in any case: it may be the best.
         log_interval: optimiser steps between lines of `metrics.jsonl`.
         eval_iters_train: batches of the training set in an evaluation (0 skips it).
         eval_iters_val: batches of the validation set in an evaluation.

@@ -62,16 +62,21 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             line = _parsed(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
+            if isinstance(line, dict) and type(line.get("step")) is int and _figures_only(line):
                 yield line
 
 
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         # Of a step that will be redone.
         return None
+
+
+def _figures_only(line: dict[str, Any]) -> bool:
+    """Whether a line holds what is written here, numbers and null."""
+    return all(value is None or isinstance(value, int | float) for value in line.values())
 
 
 def _is_finite(value: Any) -> bool:

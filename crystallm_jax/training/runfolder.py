@@ -125,8 +125,8 @@ def describe_run(folder: Path, lines: Sequence[Mapping[str, Any]]) -> RunDescrip
         folder=str(folder),
         config=config,
         step=int(last.get("step", 0)),
-        max_steps=int(config.get("max_iters", 0)),
-        tokens=int(last.get("tokens", 0)),
+        max_steps=whole_number(config.get("max_iters")),
+        tokens=whole_number(last.get("tokens")),
         updated=_written(metrics) if lines else None,
         loss=last.get("loss"),
         mean_loss=statistics.fmean(losses) if losses else None,
@@ -157,6 +157,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DataError(f"{path}: holds no `key: value` lines")
     return {str(key): value for key, value in config.items()}
+
+
+def whole_number(value: Any) -> int:
+    """A count from a file that people may edit; 0 where there is none."""
+    return value if type(value) is int else 0
 
 
 def _checkpoints(folder: Path) -> tuple[int, ...]:

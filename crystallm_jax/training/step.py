@@ -203,10 +203,11 @@ def _averaged(decay: float, state: TrainState, updates: Any) -> Any:
 def dropout_generator(mesh: Mesh) -> str:
     """Which generator draws what dropout drops.
 
-    On a CPU the one whose numbers do not depend on the mesh. Accelerators have a cheaper one in hardware or library:
-    the other costs as many operations as a good part of the small model itself.
+    On a CPU the one whose numbers do not depend on the mesh. An accelerator has a cheaper one in hardware or library:
+    the other costs as many operations as a good part of the small model itself. Several draw with the first one too:
+    the compiler does not split what the second draws, so each would draw, and hold, the numbers of all.
     """
-    return THREEFRY if mesh.devices.flat[0].platform == "cpu" else "rbg"
+    return THREEFRY if mesh.size > 1 or mesh.devices.flat[0].platform == "cpu" else "rbg"
 
 
 def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) -> CompiledSteps:
