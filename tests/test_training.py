@@ -6,6 +6,7 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from crystallm_jax.training.step import (
     compile_steps,
     create_state,
     cross_entropy,
+    dropout_generator,
     initial_state,
     train_step,
 )
@@ -376,3 +378,13 @@ def test_dropout_is_drawn_by_the_generator_that_is_asked_for() -> None:
         for generator in ("threefry2x32", "rbg", "rbg")
     ]
     assert losses[0] != losses[1] == losses[2]
+
+
+def test_only_one_accelerator_draws_dropout_with_its_own_generator() -> None:
+    def generator(platform: str, count: int) -> str:
+        devices: Any = np.array([SimpleNamespace(platform=platform)] * count)
+        mesh: Any = SimpleNamespace(devices=devices, size=count)
+        return dropout_generator(mesh)
+
+    found = [generator(platform, count) for platform, count in (("cpu", 1), ("gpu", 1), ("gpu", 2), ("tpu", 4))]
+    assert found == ["threefry2x32", "rbg", "threefry2x32", "threefry2x32"]

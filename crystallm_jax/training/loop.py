@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from crystallm_jax.training.distributed import (
 )
 from crystallm_jax.training.early import Patience
 from crystallm_jax.training.evaluate import Evaluator
+from crystallm_jax.training.lock import sole_run
 from crystallm_jax.training.nonfinite import NonFiniteSteps
 from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.runlog import RunLog, describe
@@ -79,7 +80,7 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
     share = batch_share(steps.batch, config.batch_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_watched())
-        out_dir = _made(config.out_dir)
+        out_dir = stack.enter_context(_made(config.out_dir))
         checkpoints = stack.enter_context(Checkpoints(out_dir / CHECKPOINTS_FOLDER, config.keep_checkpoints))
         feed = stack.enter_context(contextlib.closing(_opened_feed(config, store, share)))
         state, first_step = start(config, model_config, steps, checkpoints, feed)
@@ -135,7 +136,9 @@ def _opened_feed(config: TrainConfig, store: TokenStore, share: Share) -> Feed:
     )
 
 
-def _made(out_dir: str) -> Path:
+@contextlib.contextmanager
+def _made(out_dir: str) -> Iterator[Path]:
+    """The run folder, for this run alone."""
     if is_writer():
         try:
             Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -147,7 +150,8 @@ def _made(out_dir: str) -> Path:
             f"out_dir={out_dir}: process 0 has made it, process {jax.process_index()} does not see it: choose a"
             " folder that all hosts share"
         )
-    return Path(out_dir)
+    with sole_run(Path(out_dir)) if is_writer() else contextlib.nullcontext():
+        yield Path(out_dir)
 
 
 def _write_config(out_dir: Path, config: TrainConfig) -> None:

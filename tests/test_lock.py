@@ -1,0 +1,26 @@
+"""One run at a time in a run folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from crystallm_jax.errors import ConfigError
+from crystallm_jax.training.lock import LOCK_FILE, sole_run
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    with (
+        sole_run(tmp_path),
+        pytest.raises(ConfigError, match=rf"a run is under way there \(process {os.getpid()} on "),
+        sole_run(tmp_path),
+    ):
+        pass
+    with sole_run(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text().count("process") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).mkdir()
+    with sole_run(tmp_path), sole_run(tmp_path):
+        pass
