@@ -288,7 +288,9 @@ def test_every_device_of_the_table_is_found_by_its_own_kind() -> None:
     assert find_device("TPU v5").name == "TPU v5p"
     assert find_device("TPU v6 lite").name == "TPU v6e"
     assert find_device("NVIDIA H100 80GB HBM3").peak_flops == 989e12
-    assert find_device("cpu") is None
+    assert find_device("NVIDIA L40").peak_flops == 181e12  # not the L4's
+    assert find_device("NVIDIA GH200 480GB").name == "NVIDIA GH200"
+    assert [find_device(kind) for kind in ("cpu", "NVIDIA RTX A1000", "NVIDIA T400 4GB")] == [None] * 3
 
 
 def test_meshes_that_do_not_divide_are_not_tried() -> None:

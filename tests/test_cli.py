@@ -469,6 +469,13 @@ WRONG_RUNS = [
     ("dataset={data} validate=true", 1, r"has no split 'val' \(it has: train\)"),
     ("dataset={data} block_size=9000", 1, "fewer than one window of 9001"),
     ("n_layers=2", 2, "unknown configuration key 'n_layers' in the command line; did you mean 'n_layer'"),
+    ("distributed=maybe", 2, "distributed in the command line: Invalid value 'maybe'"),
+    ("coordinator_address=host:99999 num_processes=2 process_id=0", 2, "its port must be from 1 to 65535"),
+    (
+        "dataset={data} compilation_cache={bad}/empty.txt",
+        2,
+        r"compilation_cache=.*empty\.txt: cannot be made",
+    ),
     ("n_layer=two", 2, "n_layer in the command line: .*'two'"),
     ("n_layer=2.5", 2, "n_layer in the command line"),
     ("learning_rate=fast", 2, "learning_rate in the command line"),
@@ -490,12 +497,27 @@ WRONG_RUNS = [
     ("dataset={data} init_from={bad}/absent", 1, "no model there; expected"),
     ("dataset={data} init_from={bad}/junk.pt", 1, "not a PyTorch checkpoint"),
     ("dataset={data} init_from={model} n_layer=3", 1, "n_layer=2, the configuration says n_layer=3"),
+    (
+        "dataset={data} init_from={model} n_layer=3 n_embd=64",
+        1,
+        "its model has n_layer=2 n_embd=32, the configuration says n_layer=3 n_embd=64",
+    ),
     ("dataset={data} init_from={model} block_size=65", 1, "its context is 64 tokens"),
     ("dataset={data} out_dir={run}", 2, "already holds a run at step 2: use init_from=resume"),
     (
         "dataset={data} out_dir={run} init_from=resume n_embd=64",
         1,
         "n_embd=32, the configuration says n_embd=64",
+    ),
+    (
+        "dataset={data} out_dir={run} init_from=resume optimizer=muon",
+        1,
+        "trained with optimizer=adamw, now optimizer=muon .* set optimizer back",
+    ),
+    (
+        "dataset={data} out_dir={run} init_from=resume ema_decay=0.9",
+        1,
+        r"trained with ema_decay=0\.0, now ema_decay=0\.9",
     ),
     ("dataset={data} out_dir={bad}/empty.txt", 2, r"out_dir=.*empty\.txt: cannot be made: File exists"),
 ]

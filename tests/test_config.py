@@ -276,3 +276,13 @@ def test_an_impossible_model_is_refused(settings: dict[str, float], named: str) 
 def test_attention_dropout_follows_dropout_unless_it_is_set() -> None:
     assert ModelConfig(dropout=0.3).attention_dropout_rate == 0.3
     assert ModelConfig(dropout=0.3, attention_dropout=0.0).attention_dropout_rate == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'off'", "off"), ("false", "off")]
+)
+def test_on_and_off_need_no_quotes(text: str, expected: str, tmp_path: Path) -> None:
+    config = load_config(TrainConfig, overrides=[f"distributed={text}"])
+    assert config.distributed == expected
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(TrainConfig, tmp_path / "again.yaml") == config

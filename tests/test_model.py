@@ -494,19 +494,28 @@ def test_the_gradient_of_a_lookup_adds_up_what_each_row_was_used_for() -> None:
     ("requested", "dtype", "rate", "tokens", "platform", "chosen"),
     [
         ("auto", "bfloat16", 0.0, 1024, "cpu", "blocked"),
-        ("auto", "bfloat16", 0.0, 1000, "gpu", "cudnn"),
-        ("auto", "float32", 0.0, 1024, "gpu", "blocked"),
-        ("auto", "bfloat16", 0.1, 1024, "gpu", "blocked"),
+        ("auto", "bfloat16", 0.0, 1000, "nvidia", "cudnn"),
+        ("auto", "float32", 0.0, 1024, "nvidia", "blocked"),
+        ("auto", "bfloat16", 0.0, 1024, "gpu", "blocked"),
+        ("auto", "bfloat16", 0.1, 1024, "nvidia", "blocked"),
         ("auto", "bfloat16", 0.0, 1024, "tpu", "splash"),
         ("auto", "bfloat16", 0.0, 1000, "tpu", "blocked"),
         ("auto", "bfloat16", 0.1, 1024, "tpu", "blocked"),
-        ("xla", "bfloat16", 0.1, 1000, "gpu", "xla"),
+        ("xla", "bfloat16", 0.1, 1000, "nvidia", "xla"),
     ],
 )
 def test_the_backend_is_chosen_by_platform(
     requested: Any, dtype: str, rate: float, tokens: int, platform: str, chosen: str
 ) -> None:
-    found = choose_backend(requested, dtype=dtype, dropout_rate=rate, tokens=tokens, platform=platform)
+    found = choose_backend(
+        requested,
+        dtype=dtype,
+        dropout_rate=rate,
+        tokens=tokens,
+        head_dim=64,
+        segmented=False,
+        platform=platform,
+    )
     assert found == chosen
 
 
@@ -516,11 +525,18 @@ def test_the_backend_is_chosen_by_platform(
         ("cudnn", "bfloat16", 0.1, 1024, "attention dropout 0.1"),
         ("cudnn", "float32", 0.0, 1024, "dtype=float32"),
         ("splash", "bfloat16", 0.1, 1024, "attention dropout 0.1"),
-        ("splash", "bfloat16", 0.0, 1000, "multiples of 128 tokens, not 1000"),
+        ("splash", "bfloat16", 0.0, 1000, "rows of 1000 tokens, no multiple of 128"),
     ],
 )
 def test_a_fused_kernel_that_cannot_do_what_is_asked_is_refused(
     requested: Any, dtype: str, rate: float, tokens: int, says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        choose_backend(requested, dtype=dtype, dropout_rate=rate, tokens=tokens, platform="gpu")
+        choose_backend(requested, dtype=dtype, dropout_rate=rate, tokens=tokens, head_dim=64, segmented=False)
+
+
+def test_cudnn_is_not_chosen_for_what_it_does_not_take() -> None:
+    given = {"dtype": "bfloat16", "dropout_rate": 0.0, "tokens": 1024, "head_dim": 64, "segmented": True}
+    assert choose_backend("auto", **given, platform="nvidia") == "cudnn"
+    for change in ({"tokens": 1023}, {"head_dim": 60}, {"head_dim": 256}):
+        assert choose_backend("auto", **{**given, **change}, platform="nvidia") == "blocked"

@@ -142,6 +142,20 @@ def test_a_run_that_has_logged_nothing_yet_is_described(
     assert main(["info", str(folder)]) == 0
 
 
+@pytest.mark.parametrize(
+    "garbage",
+    ['{"step": 41, "loss": "x"}', '{"step": 41, "val_loss": [1]}', '{"step": true}', 5000 * "9", 9999 * "["],
+)
+def test_lines_that_hold_no_figures_are_left_out(
+    garbage: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + garbage)
+    (run / "config.yaml").write_text("max_iters: many\nbatch_size: none")
+    assert main(["info", str(run)]) == 0
+    assert "step 40 of 0" in capsys.readouterr().out
+
+
 def test_what_cannot_be_read_or_written_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(run), "--plot", str(run / "curves.qqq")]) == 1
     assert "cannot be drawn" in capsys.readouterr().err

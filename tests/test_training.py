@@ -386,5 +386,7 @@ def test_only_one_accelerator_draws_dropout_with_its_own_generator() -> None:
         mesh: Any = SimpleNamespace(devices=devices, size=count)
         return dropout_generator(mesh)
 
-    found = [generator(platform, count) for platform, count in (("cpu", 1), ("gpu", 1), ("gpu", 2), ("tpu", 4))]
+    found = [
+        generator(platform, count) for platform, count in (("cpu", 1), ("gpu", 1), ("gpu", 2), ("tpu", 4))
+    ]
     assert found == ["threefry2x32", "rbg", "threefry2x32", "threefry2x32"]

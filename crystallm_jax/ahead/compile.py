@@ -235,6 +235,8 @@ def _for_tpu(config: ModelConfig) -> ModelConfig:
         dtype=config.dtype,
         dropout_rate=config.attention_dropout_rate,
         tokens=config.block_size,
+        head_dim=config.head_dim,
+        segmented=False,
         platform="tpu",
     )
     return replace(config, attention=backend)

@@ -18,14 +18,24 @@ Backend = Literal["xla", "blocked", "cudnn", "splash"]
 
 # The splash kernel works on multiples of the 128 lanes of a TPU's vector unit.
 LANES = 128
+# Of cuDNN's fused attention: the widest heads that every device takes, and the oldest compute capability.
+_CUDNN_WIDEST, _AMPERE = 128, 8.0
 
 
 def choose_backend(
-    requested: AttentionBackend, *, dtype: str, dropout_rate: float, tokens: int, platform: str | None = None
+    requested: AttentionBackend,
+    *,
+    dtype: str,
+    dropout_rate: float,
+    tokens: int,
+    head_dim: int,
+    segmented: bool,
+    platform: str | None = None,
 ) -> Backend:
     """The backend of full-context attention.
 
-    The fused kernels have no dropout on attention probabilities: cuDNN's takes 16-bit inputs, splash on TPU rows of a
+    The fused kernels have no dropout on attention probabilities. cuDNN's takes 16-bit inputs, heads of a multiple of 8
+    up to 128, with segments an even number of tokens, on NVIDIA devices from Ampere on; splash on TPU takes rows of a
     multiple of 128 tokens. `auto` takes them where they can be taken. Elsewhere, and on a CPU, it takes the blocked
     form, which keeps no scores for the backward pass: those of the large model would fill a device's memory.
 
@@ -34,29 +44,41 @@ def choose_backend(
         dtype: of the arithmetic.
         dropout_rate: on attention probabilities.
         tokens: T.
-        platform: `cpu`, `gpu` or `tpu`; that of the default device unless given (to compile for another).
+        head_dim: d.
+        segmented: whether tokens attend to those of their own segment alone.
+        platform: `cpu`, `nvidia` or `tpu`; that of the default device unless given (to compile for another).
 
     Raises:
         ConfigError: a fused kernel is asked for that does not do what is asked of it.
     """
-    fused = dropout_rate == 0 and (dtype == "bfloat16" or requested != "cudnn")
-    if requested in ("cudnn", "splash") and not fused:
-        raise ConfigError(
-            f"attention={requested} with dtype={dtype} and attention dropout {dropout_rate}: it takes none, and cudnn"
-            " bfloat16 alone; set attention_dropout=0, dtype=bfloat16 or attention=auto"
-        )
-    if requested == "splash" and tokens % LANES:
-        raise ConfigError(
-            f"attention=splash takes multiples of {LANES} tokens, not {tokens}; set attention=auto"
-        )
+    lacks = {
+        "cudnn": {
+            f"attention dropout {dropout_rate}": dropout_rate > 0,
+            f"dtype={dtype}": dtype != "bfloat16",
+            f"heads of width {head_dim}": head_dim % 8 > 0 or head_dim > _CUDNN_WIDEST,
+            f"packed rows of {tokens} tokens": segmented and tokens % 2 > 0,
+        },
+        "splash": {
+            f"attention dropout {dropout_rate}": dropout_rate > 0,
+            f"rows of {tokens} tokens, no multiple of {LANES}": tokens % LANES > 0,
+        },
+    }
     if requested != "auto":
+        missing = [what for what, lacking in lacks.get(requested, {}).items() if lacking]
+        if missing:
+            raise ConfigError(f"attention={requested} does not do {', '.join(missing)}: set attention=auto")
         return requested
-    platform = platform or jax.default_backend()
-    if platform == "gpu" and dtype == "bfloat16" and dropout_rate == 0:
-        return "cudnn"
-    if platform == "tpu" and dropout_rate == 0 and tokens % LANES == 0:
-        return "splash"
-    return "blocked"
+    fused: dict[str, Backend] = {"nvidia": "cudnn", "tpu": "splash"}
+    found = fused.get(platform or _platform(), "blocked")
+    return "blocked" if any(lacks.get(found, {}).values()) else found
+
+
+def _platform() -> str:
+    """`cpu`, `tpu`, `nvidia` for those of its devices that cuDNN's fused attention runs on, or what else it is."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
+        return device.platform
+    return "nvidia" if float(getattr(device, "compute_capability", 0)) >= _AMPERE else "gpu"
 
 
 def causal_attention(

@@ -42,6 +42,29 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
 linear.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def tied_logits(x: jax.Array, table: jax.Array) -> jax.Array:
+    """X [..., D] times the transpose of a float32 table [V, D] in x's dtype: float32 [..., V].
+
+    The gradient that comes in is taken in x's dtype.
+    """
+    return _product(x, table.astype(x.dtype), ((x.ndim - 1,), (1,)))
+
+
+def _tied_forward(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return tied_logits(x, table), (x, table)
+
+
+def _tied_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, table = saved
+    dy = dy.astype(x.dtype)
+    dx = _product(dy, table.astype(x.dtype), ((dy.ndim - 1,), (0,))).astype(x.dtype)
+    return dx, _transposed_product(dy, x, table.shape[1:])
+
+
+tied_logits.defvjp(_tied_forward, _tied_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
     """Rows of a float32 table [N, D] by int ids [...]: float32 [..., D].

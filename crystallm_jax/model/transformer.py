@@ -25,8 +25,7 @@ from crystallm_jax.model.cache import KVCache, append
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.elementwise import LayerNorm, gelu
 from crystallm_jax.model.layout import stacked
-from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup
-from crystallm_jax.model.precision import matmul_precision
+from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup, tied_logits
 
 # GPT-2's initialisation (Radford et al. 2019); branches that add to the residual stream start smaller.
 INIT_STD = 0.02
@@ -79,7 +78,14 @@ class SelfAttention(nn.Module):
                 q_BHTd,
                 k_BHTd,
                 v_BHTd,
-                backend=choose_backend(config.attention, dtype=config.dtype, dropout_rate=rate, tokens=T),
+                backend=choose_backend(
+                    config.attention,
+                    dtype=config.dtype,
+                    dropout_rate=rate,
+                    tokens=T,
+                    head_dim=config.head_dim,
+                    segmented=segment_ids_BT is not None,
+                ),
                 segment_ids_BT=segment_ids_BT,
                 dropout_rate=rate,
                 dropout_key=self.make_rng("dropout") if rate > 0 else None,
@@ -196,24 +202,16 @@ class GPT(nn.Module):
         init = nn.initializers.normal(INIT_STD)
         wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init, name="wte")
         wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init, name="wpe")
-        # Unless told otherwise every row has the same positions: look them up once.
-        position_BTD = lookup(
-            wpe.embedding,
-            positions_BT[:1] if cache is None and positions is None else positions_BT,
-            config.dtype,
-        )
+        if positions is None and cache is None:  # every row has the same
+            position_BTD = wpe.embedding[None, :T]
+        else:
+            position_BTD = lookup(wpe.embedding, positions_BT, config.dtype)
         x_BTD = (lookup(wte.embedding, tokens, config.dtype) + position_BTD).astype(config.dtype)
         x_BTD = split_by_rows(nn.Dropout(config.dropout)(x_BTD, deterministic=deterministic))
         x_BTD, layers = self._blocks(x_BTD, positions_BT, segment_ids, cache, deterministic)
         x_BTD = _layer_norm(config, "ln_f")(x_BTD)
         with jax.named_scope("head"):
-            logits = jnp.einsum(
-                "BTD,VD->BTV",
-                x_BTD,
-                wte.embedding.astype(config.dtype),
-                precision=matmul_precision(x_BTD.dtype),
-                preferred_element_type=jnp.float32,
-            )
+            logits = tied_logits(x_BTD, wte.embedding)
         if cache is None:
             return logits, None
         keys, values = zip(*((layer.keys, layer.values) for layer in layers), strict=True)

@@ -254,7 +254,10 @@ class Checkpoints:
         try:
             action()
         except (OSError, ValueError) as error:
-            newest = self._manager.latest_step()
+            # Of those that were to make room for the one that failed, the manager no longer knows.
+            newest = max(
+                (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal()), default=None
+            )
             kept = (
                 "none is complete"
                 if newest is None

@@ -55,7 +55,8 @@ def make_plan(config: TrainConfig, environment: Mapping[str, str], machine: Mach
     """Decide by the settings, then by what a cluster has put into the environment.
 
     Raises:
-        ConfigError: an address without a port or with an impossible one, ids that are not numbers, or GPUs that do not divide over tasks.
+        ConfigError: an address without a possible port, ids that are not numbers, or GPUs that do not divide over
+            tasks.
     """
     if config.distributed == "off":
         return Plan(False, "distributed=off")

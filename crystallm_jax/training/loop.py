@@ -84,7 +84,8 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
         checkpoints = stack.enter_context(Checkpoints(out_dir / CHECKPOINTS_FOLDER, config.keep_checkpoints))
         feed = stack.enter_context(contextlib.closing(_opened_feed(config, store, share)))
         state, first_step = start(config, model_config, steps, checkpoints, feed)
-        if is_writer():
+        # An evaluation leaves the run that it is of as it was.
+        if is_writer() and not (config.eval_only and first_step > 0):
             _write_config(out_dir, config)
         trainer = _Trainer(
             config,

@@ -55,11 +55,8 @@ def make_mesh(
             f"data_parallel={data_parallel} × fsdp={fsdp} × tensor={tensor} is not the number of devices, {count}"
         )
     shape = (data, fsdp, tensor)
-    if devices[0].platform == "tpu":
-        grid = _torus_grid(shape, devices)
-    else:
-        # Neighbours in the list talk fastest: the tensor axis, which talks most, is the innermost.
-        grid = np.asarray(devices).reshape(shape)
+    # But on TPUs, neighbours in the list talk fastest: the tensor axis, which talks most, is the innermost.
+    grid = _torus_grid(shape, devices) if devices[0].platform == "tpu" else np.asarray(devices).reshape(shape)
     # Auto axes: Linen's modules do not state shardings, the compiler derives them (jax would default to Explicit).
     return Mesh(grid, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
 

@@ -11,7 +11,7 @@ from crystallm_jax.errors import CrystallmError
 
 # EX_TEMPFAIL: the same command may succeed later. A scheduler can put the run back into its queue on it.
 EXIT_AGAIN = 75
-_AS_USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_AS_USUAL: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
 class TrainingStoppedError(CrystallmError):
@@ -84,7 +84,8 @@ def stop_at_once() -> Iterator[None]:
 
     def leave(number: int, _: FrameType | None) -> None:
         raise TrainingStoppedError(
-            number, "SIGTERM: stopped between steps, nothing is lost; the same command goes on (existing_run=resume)"
+            number,
+            "SIGTERM: stopped between steps, nothing is lost; the same command goes on (existing_run=resume)",
         )
 
     previous = signal.signal(signal.SIGTERM, leave)
