@@ -15,7 +15,7 @@ import pytest
 from crystallm_jax.convert import read_published
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import GPT, ModelConfig, grow_cache, init_cache, init_params
-from crystallm_jax.model.attention import cached_attention, causal_attention, choose_backend
+from crystallm_jax.model.attention import cached_attention, causal_attention, check_platform, choose_backend
 from crystallm_jax.model.layout import stacked, unstacked
 from crystallm_jax.model.linear import linear, lookup
 from crystallm_jax.model.splash import splash_causal_attention
@@ -540,3 +540,10 @@ def test_cudnn_is_not_chosen_for_what_it_does_not_take() -> None:
     assert choose_backend("auto", **given, platform="nvidia") == "cudnn"
     for change in ({"tokens": 1023}, {"head_dim": 60}, {"head_dim": 256}):
         assert choose_backend("auto", **{**given, **change}, platform="nvidia") == "blocked"
+
+
+@pytest.mark.parametrize("requested", ["cudnn", "splash"])
+def test_a_fused_kernel_of_another_platform_is_refused(requested: Any) -> None:
+    with pytest.raises(ConfigError, match=f"attention={requested} does not run on cpu devices"):
+        check_platform(requested, jax.devices()[0])
+    check_platform("auto", jax.devices()[0])

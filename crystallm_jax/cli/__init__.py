@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import crystallm_jax
 from crystallm_jax.cli import compile as compile_verb
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if left:
         parsed.overrides = [*parsed.overrides, *left]
     _log_to_stderr()
+    _quiet_libtpu()
     try:
         return parsed.run(parsed)
     except CrystallmError as error:
@@ -44,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"crystallm {parsed.verb}: interrupted", file=sys.stderr)  # noqa: T201
         return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
+
+
+def _quiet_libtpu() -> None:
+    """Where no TPU is plugged in, keep libtpu, if it is installed, from asking the network for one and complaining."""
+    chips = [path for pattern in ("accel[0-9]*", "vfio/[0-9]*") for path in Path("/dev").glob(pattern)]
+    if not chips:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 def _log_to_stderr() -> None:

@@ -69,13 +69,25 @@ def choose_backend(
             raise ConfigError(f"attention={requested} does not do {', '.join(missing)}: set attention=auto")
         return requested
     fused: dict[str, Backend] = {"nvidia": "cudnn", "tpu": "splash"}
-    found = fused.get(platform or _platform(), "blocked")
+    found = fused.get(platform or _platform(jax.devices()[0]), "blocked")
     return "blocked" if any(lacks.get(found, {}).values()) else found
 
 
-def _platform() -> str:
+def check_platform(requested: AttentionBackend, device: jax.Device) -> None:
+    """Refuse a fused kernel on a device that it does not run on.
+
+    Raises:
+        ConfigError: it is asked for.
+    """
+    needed = {"cudnn": "nvidia", "splash": "tpu"}.get(requested)
+    if needed is not None and _platform(device) != needed:
+        raise ConfigError(
+            f"attention={requested} does not run on {device.device_kind} devices: set attention=auto"
+        )
+
+
+def _platform(device: jax.Device) -> str:
     """`cpu`, `tpu`, `nvidia` for those of its devices that cuDNN's fused attention runs on, or what else it is."""
-    device = jax.devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return device.platform
     return "nvidia" if float(getattr(device, "compute_capability", 0)) >= _AMPERE else "gpu"

@@ -1,6 +1,8 @@
 """Where a run begins: from scratch, from other weights, or from where its folder stands."""
 
 import dataclasses
+import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from crystallm_jax.data.feed import Feed
@@ -9,7 +11,10 @@ from crystallm_jax.model import ModelConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import crop_block_size, load_weights
+from crystallm_jax.training.metrics import METRICS_FILE
 from crystallm_jax.training.step import CompiledSteps, TrainState, initial_state
+
+logger = logging.getLogger(__name__)
 
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 # Which arrays there are beside the parameters, and how those are stacked.
@@ -49,6 +54,8 @@ def start(
             f"{config.out_dir} already holds a run at step {newest}: use init_from=resume, existing_run=resume or"
             " another out_dir"
         )
+    if config.existing_run == "resume" and (Path(config.out_dir) / METRICS_FILE).is_file():
+        logger.warning("%s: holds no checkpoint to go on from: begun anew", config.out_dir)
     if config.init_from == "scratch":
         return Start(initial_state(config, model_config, steps), 0)
     weights = crop_block_size(load_weights(config.init_from), config.block_size, place=config.init_from)

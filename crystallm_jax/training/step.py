@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.model import GPT, ModelConfig, init_params
+from crystallm_jax.model.attention import check_platform
 from crystallm_jax.model.layout import stacked
 from crystallm_jax.training.compiler import step_options
 from crystallm_jax.training.config import TrainConfig
@@ -220,6 +221,7 @@ def compile_steps(config: TrainConfig, model_config: ModelConfig, mesh: Mesh) ->
     """
     check_batch_size(config.batch_size, mesh)
     check_heads(config.n_head, mesh)
+    check_platform(config.attention, mesh.devices.flat[0])
     shapes = jax.eval_shape(
         lambda key: create_state(config, init_params(model_config, key)), jax.random.key(0)
     )
