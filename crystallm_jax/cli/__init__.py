@@ -1,6 +1,7 @@
 """The command line: one module a verb, each with `add_parser` and `run`."""
 
 import argparse
+import importlib.util
 import logging
 import os
 import re
@@ -50,10 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libtpu() -> None:
-    """Where no TPU is plugged in, keep libtpu, if it is installed, from asking the network for one and complaining."""
-    chips = [path for pattern in ("accel[0-9]*", "vfio/[0-9]*") for path in Path("/dev").glob(pattern)]
-    if not chips:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    """Where libtpu is installed, to compile for TPUs, but no accelerator plugged in, keep jax from looking for one.
+
+    libtpu would complain of it in pages.
+    """
+    accelerators = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
+    if importlib.util.find_spec("libtpu") and not any(any(Path("/dev").glob(name)) for name in accelerators):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _log_to_stderr() -> None:
