@@ -2,11 +2,19 @@
 
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from crystallm_jax.processes import TerminatedError, terminate_as_interrupt
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C is heeded, which it is not where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _in_a_collection(action: Callable[[], None]) -> None:
@@ -23,6 +31,7 @@ def _in_a_collection(action: Callable[[], None]) -> None:
         gc.callbacks.remove(callback)
 
 
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
     ("number", "kind"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, KeyboardInterrupt)]
 )
