@@ -11,6 +11,7 @@ import numpy as np
 
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
+from crystallm_jax.model.config import DType
 from crystallm_jax.sampling.decode import DecodeState, bucket_size, decode, grow, prefill
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.slide import slide
@@ -18,6 +19,8 @@ from crystallm_jax.sampling.slide import slide
 # What the published generator allows when its window slides (`max_new_tokens` of its generate_cifs.py).
 SLIDE_NEW_TOKENS = 3000
 DEFAULT_BATCH_SIZE = 64
+
+Constrain = Literal["syntax", "composition", "symmetry"]
 
 
 class Completion(NamedTuple):
@@ -29,6 +32,7 @@ class Completion(NamedTuple):
         token_ids: prompt and generated tokens.
         log_prob: log-probability in nats of the generated tokens under the model (temperature 1, all tokens).
         finished: whether the text came to its end (two newlines) before a limit.
+        seconds: from its beginning in a batch to its end.
     """
 
     prompt_index: int
@@ -36,6 +40,7 @@ class Completion(NamedTuple):
     token_ids: tuple[int, ...]
     log_prob: float
     finished: bool
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,12 @@ class GenerationRequest:
         batch_size: rows decoded together; it changes no sample.
         overflow: `stop` ends a sample unfinished where the context ends; `slide` goes on as the published
             generator does, uncached and slow.
+        constrain: what every sample is held to: `syntax` of the dialect, the prompt's `composition` too, or the
+            stated space group's `symmetry` as well; None holds it to nothing.
+        jump_from: runs of so many forced tokens or more are read at once instead of one a step; None reads each by
+            itself. It changes no sample but for rounding.
+        cache_dtype: of the keys and values kept; None takes the model's. `bfloat16` halves the memory and what a
+            step reads.
     """
 
     method: SamplingMethod = field(default_factory=SamplingMethod)
@@ -58,6 +69,9 @@ class GenerationRequest:
     seed: int = 0
     batch_size: int = DEFAULT_BATCH_SIZE
     overflow: Literal["stop", "slide"] = "stop"
+    constrain: Constrain | None = None
+    jump_from: int | None = 16
+    cache_dtype: DType | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size"):

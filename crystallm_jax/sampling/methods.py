@@ -11,16 +11,21 @@ from crystallm_jax.errors import SamplingError
 
 @dataclass(frozen=True)
 class SamplingMethod:
-    """Top-k sampling with a temperature.
+    """Top-k and nucleus sampling with a temperature.
 
     Attributes:
         temperature: logits are divided by it; above 0.
         top_k: only the k most likely tokens, and those that tie with the k-th, can be drawn (as published);
             None draws from all, 1 is greedy.
+        top_p: of those, only the fewest most likely ones whose probabilities add up to it can be drawn, and those
+            that tie with the last of them; None, or 1, draws from all.
+        excluded: token ids that are never drawn.
     """
 
     temperature: float = 1.0
     top_k: int | None = 10
+    top_p: float | None = None
+    excluded: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -29,6 +34,8 @@ class SamplingMethod:
             )
         if self.top_k is not None and self.top_k < 1:
             raise SamplingError(f"top_k={self.top_k}: must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SamplingError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
 
 def filtered_logits(method: SamplingMethod, logits: jax.Array) -> jax.Array:

@@ -18,10 +18,17 @@ _LONGEST_NAME = 200
 
 
 class Prompt(NamedTuple):
-    """A prompt and the name that its samples' files begin with."""
+    """A prompt.
+
+    Attributes:
+        id: the name that its samples' files begin with.
+        text: that the model completes.
+        n: how many samples of it; None leaves it to the request.
+    """
 
     id: str
     text: str
+    n: int | None = None
 
 
 def unconditional_prompt() -> Prompt:
