@@ -16,7 +16,7 @@ from crystallm_jax.evaluation import ValidatorPool
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.model.layout import unstacked
 from crystallm_jax.processes import usable_cores
-from crystallm_jax.sampling.generate import DEFAULT_BATCH_SIZE, GenerationRequest, generate
+from crystallm_jax.sampling.generate import GenerationRequest, default_batch_size, generate
 from crystallm_jax.training.config import TrainConfig
 
 _HELD_OUT = "val"
@@ -48,7 +48,7 @@ class ValidityProbe:
         self._tokenizer = CIFTokenizer()
         self._prompts = _prompts(config, self._tokenizer)
         count = len(self._prompts)
-        self._request = GenerationRequest(seed=config.seed, batch_size=min(count, DEFAULT_BATCH_SIZE))
+        self._request = GenerationRequest(seed=config.seed, batch_size=min(count, default_batch_size()))
         self._pool = ValidatorPool(min(usable_cores(), count, _MOST_WORKERS), _TIME_LIMIT)
         self._gather: Any = None
 

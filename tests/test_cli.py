@@ -103,7 +103,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory, cifs: Path, model: Path, data:
         "structures.zip": "PK",
         "no_prompt.txt": "# nothing\n",
         "formula.txt": "Na4Cl4\nNa(OH)2\n",
-        "no_composition.csv": "formula\nNaCl\n",
+        "no_composition.csv": "compound\nNaCl\n",
+        "own_numbers.csv": "composition,n\nNa4Cl4,3\n",
         "spacegroup.csv": "composition,spacegroup\nNa4Cl4,P6\n",
         "unknown_key.yaml": "n_layer: 2\nn_heads: 2\n",
         "wrong_type.yaml": "n_layer: two\n",
@@ -235,13 +236,33 @@ print(*({"jax", "flax", "orbax", "grain", "pymatgen", "scipy", "ase", "omegaconf
         ("train --layers 3", "unrecognized arguments: --layers"),
         (
             "sample --out x",
-            "one of the arguments --composition --formula --prompts --unconditional is required",
+            "one of the arguments --composition --formula --elements --prompts --unconditional is required",
         ),
         ("sample --composition Na4Cl4", "required: --out"),
         ("sample --composition Na4Cl4 --unconditional --out x", "not allowed with argument --composition"),
-        ("sample --composition Na4Cl4 --out x --num-samples two", "invalid int value: 'two'"),
-        ("sample --composition Na4Cl4 --out x --temperature hot", "invalid float value: 'hot'"),
-        ("sample --formula NaCl --z some --out x", "expected whole numbers such as 1,2,4"),
+        ("sample --unconditional --out x --num-samples two", "'two': expected a whole number from 1 on"),
+        (
+            "sample --unconditional --out x --num-samples 0",
+            "--num-samples: '0': expected a whole number from 1",
+        ),
+        ("sample --unconditional --out x --target-valid 0", "'0': expected a whole number from 1 on"),
+        ("sample --unconditional --out x --limit-samples -3", "'-3': expected a whole number from 1 on"),
+        ("sample --unconditional --out x --batch-size 0", "'0': expected a whole number from 1 on"),
+        ("sample --unconditional --out x --max-new-tokens 0", "'0': expected a whole number from 1 on"),
+        ("sample --unconditional --out x --workers 0", "'0': expected a whole number from 1 on"),
+        ("sample --unconditional --out x --temperature hot", "'hot': expected a number above 0"),
+        ("sample --unconditional --out x --temperature 0", "most likely token use --top-k 1"),
+        ("sample --unconditional --out x --temperature nan", "'nan': expected a number above 0"),
+        ("sample --unconditional --out x --top-k -1", "'-1': expected a whole number from 0 on"),
+        ("sample --unconditional --out x --top-p 2", "'2': expected a share above 0 and at most 1"),
+        ("sample --unconditional --out x --top-p 0", "'0': expected a share above 0 and at most 1"),
+        ("sample --unconditional --out x --seed -1", "'-1': expected a whole number from 0 to 4294967295"),
+        ("sample --unconditional --out x --seed 4294967296", "expected a whole number from 0 to 4294967295"),
+        ("sample --unconditional --out x --time-limit 0", "'0': expected a number of seconds above 0"),
+        ("sample --unconditional --out x --constrain all", "invalid choice: 'all'"),
+        ("sample --formula NaCl --z some --out x", "expected whole numbers from 1 on such as 1,2,4"),
+        ("sample --formula NaCl --z 0 --out x", "expected whole numbers from 1 on such as 1,2,4"),
+        ("sample --composition Na4Cl4 --limit 0 --out x", "expected a whole number from 1 on"),
         ("sample --composition Na4Cl4 --out x --overflow wrap", "invalid choice: 'wrap'"),
     ],
 )
@@ -344,7 +365,10 @@ def test_a_terminated_run_leaves_what_it_finished(model: Path, tmp_path: Path) -
     finally:
         process.kill()
     assert process.returncode == 143
-    assert said == "crystallm sample: interrupted\n"
+    assert said.splitlines() == [
+        f"{out}: what is judged is kept; the same command with --resume goes on",
+        "crystallm sample: interrupted",
+    ]
     assert printed == ""
     names = {path.name for path in out.glob("cifs/*")}
     assert names
@@ -353,11 +377,76 @@ def test_a_terminated_run_leaves_what_it_finished(model: Path, tmp_path: Path) -
         assert {Path(row["file"]).name for row in csv.DictReader(stream)} <= names
 
 
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(model: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ["sample", "--model", str(model), "--unconditional", "--num-samples", "120", "--batch-size", "4"]
+    words += ["--workers", "1", "--seed", "5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "crystallm_jax", *words, "--out", cut],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while (
+            not (cut / "journal-0.jsonl").exists() and process.poll() is None and time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait(100)
+    assert process.returncode == -signal.SIGKILL
+    assert not (cut / "run.json").exists()
+    for out in (whole, cut):
+        assert main([*words, "--out", str(out), *["--resume"] * (out == cut)]) == 0
+    assert _lasting(cut) == _lasting(whole)
+    assert len(list((cut / "cifs").iterdir())) == 120
+
+
+def _lasting(out: Path) -> dict[str, object]:
+    """The files of a sampling run, without what may differ between two runs that are the same."""
+    found: dict[str, object] = {str(path.relative_to(out)): path.read_bytes() for path in _files(out)}
+    with (out / "samples.csv").open(newline="") as stream:
+        found["samples.csv"] = [{**row, "seconds": ""} for row in csv.DictReader(stream)]
+    written = json.loads((out / "run.json").read_text())
+    found["run.json"] = {name: value for name, value in written.items() if name != "session"}
+    return found
+
+
+def test_a_target_goes_on_up_to_its_limit_and_says_which_prompts_are_short(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "sample",
+        "--model",
+        str(model),
+        "--composition",
+        "Na4Cl4",
+        "--workers",
+        "1",
+        "--max-new-tokens",
+        "9",
+    ]
+    words += ["--target-valid", "2", "--limit-samples", "5", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[0] == "5 samples, 0 valid (0.0%)"
+    assert "fewer than 2 valid after the most samples allowed: Na4Cl4" in shown
+    assert main([*words, "--resume"]) == 0
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[:2] == [
+        f"{tmp_path / 'out'}: all its samples are there already, nothing to do",
+        "5 samples, 0 valid (0.0%)",
+    ]
+
+
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_verb, "_prompts", interrupted)
+    monkeypatch.setattr(sample_verb, "prompts_from", interrupted)
     assert main(["sample", "--unconditional", "--out", "never"]) == 130
     assert capsys.readouterr().err == "crystallm sample: interrupted\n"
 
@@ -366,7 +455,7 @@ def test_only_errors_meant_for_users_are_caught(monkeypatch: pytest.MonkeyPatch)
     def broken(_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(sample_verb, "_prompts", broken)
+    monkeypatch.setattr(sample_verb, "prompts_from", broken)
     with pytest.raises(ZeroDivisionError):
         main(["sample", "--unconditional", "--out", "never"])
     assert issubclass(CIFError, ValueError)
@@ -421,12 +510,12 @@ WRONG_REQUESTS = [
     ("--composition Po1", 1, "element Po has no token"),
     ("--composition Na0Cl4", 1, "has no Na: leave it out"),
     ("--composition Na0.5Cl1", 1, "counts are whole numbers"),
-    ("--formula NaCl --z 0", 1, "z=0: numbers of formula units start at 1"),
     ("--composition Na4Cl4 --spacegroup Fm3m", 1, r"space group 'Fm3m' is unknown: did you mean .*Fm-3m"),
     ("--composition Na4Cl4 --spacegroup P6", 1, r"space group P6 \(number 168\) has no token"),
     ("--composition Na4Cl4 --spacegroup 300", 1, "space group number '300' is outside 1 to 230"),
     ("--unconditional --spacegroup Fm-3m", 2, "--spacegroup goes with --composition or --formula"),
-    ("--composition Na4Cl4 --limit 0", 2, "--limit 0: must be at least 1"),
+    ("--unconditional --max-sites 4", 2, "--max-sites cannot be honoured with --unconditional"),
+    ("--elements Fe-Al", 1, "no element has a negative oxidation state"),
     ("--prompts {bad}/absent.txt", 1, r"absent\.txt: no such file of prompts"),
     ("--prompts {bad}/empty.txt", 1, r"empty\.txt: holds no prompt"),
     ("--prompts {bad}/no_prompt.txt", 1, r"no_prompt\.txt: holds no prompt"),
@@ -436,15 +525,12 @@ WRONG_REQUESTS = [
     ("--prompts {bad}/spacegroup.csv", 1, r"spacegroup\.csv:2: space group P6"),
     ("--prompts {bad}/empty_folder", 1, "has no split 'train'"),
     ("--prompts {bad}/cut_data", 1, "truncated or mixed with another"),
-    ("--unconditional --top-k -1", 1, "top_k=-1: must be at least 1"),
-    ("--unconditional --temperature 0", 1, "temperature=0.0: must be above 0"),
-    ("--unconditional --temperature nan", 1, "temperature=nan: must be above 0"),
-    ("--unconditional --num-samples 0", 1, "num_samples=0: must be at least 1"),
-    ("--unconditional --batch-size 0", 1, "batch_size=0: must be at least 1"),
-    ("--unconditional --max-new-tokens 0", 1, "max_new_tokens=0: must be at least 1"),
-    ("--unconditional --seed -1", 1, "seed=-1: must be at least 0"),
-    ("--unconditional --workers 0", 2, "workers is 0: use at least 1"),
-    ("--unconditional --time-limit 0", 2, "time_limit is 0.0: use a positive number"),
+    ("--prompts {bad}/own_numbers.csv --target-valid 2", 2, r"want \(n=3 of Na4Cl4\)"),
+    ("--unconditional --limit-samples 5", 2, "--limit-samples goes with --target-valid"),
+    ("--unconditional --num-samples 2 --target-valid 2", 2, "do not go together"),
+    ("--unconditional --target-valid 9 --limit-samples 5", 2, "--limit-samples 5 is below --target-valid 9"),
+    ("--unconditional --target-valid 9 --overflow slide", 2, "use --overflow stop"),
+    ("--unconditional --constrain syntax --overflow slide", 2, "--constrain does not go with"),
 ]
 
 WRONG_MODELS = [

@@ -2,7 +2,9 @@
 
 import csv
 import errno
+import io
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,9 @@ import pytest
 from crystallm_jax.cif import UNCONDITIONAL_PROMPT, make_prompt
 from crystallm_jax.data.prepare import prepare
 from crystallm_jax.data.preparing.executors import Execution
-from crystallm_jax.errors import CIFError, DataError, SamplingError
-from crystallm_jax.sampling.prompts import (
-    Prompt,
-    composition_prompt,
-    formula_prompts,
-    read_prompts,
-    unconditional_prompt,
-    unique_ids,
-)
+from crystallm_jax.errors import DataError, SamplingError
+from crystallm_jax.sampling.prompt_files import read_prompts
+from crystallm_jax.sampling.prompts import Prompt, composition_prompt, formula_prompts, unique_ids
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +29,6 @@ def _file(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-def test_a_composition_makes_the_prompt_of_make_prompt() -> None:
-    assert composition_prompt("Cl4Na4") == Prompt("Na4Cl4", make_prompt("Na4Cl4"))
-    assert composition_prompt("Na4Cl4", "225") == Prompt("Na4Cl4_225", make_prompt("Na4Cl4", "Fm-3m"))
-    assert unconditional_prompt().text == UNCONDITIONAL_PROMPT
-
-
-def test_a_formula_is_asked_for_at_each_number_of_units() -> None:
-    prompts = formula_prompts("TiO2", (2, 4), "P4_2/mnm")
-    assert [prompt.text for prompt in prompts] == [make_prompt(c, "P4_2/mnm") for c in ("Ti2O4", "Ti4O8")]
-    assert [prompt.id for prompt in prompts] == ["Ti2O4_P4_2/mnm", "Ti4O8_P4_2/mnm"]
-
-
-@pytest.mark.parametrize("z", [(), (0,), (2, -1)])
-def test_numbers_of_units_start_at_one(z: tuple[int, ...]) -> None:
-    with pytest.raises(SamplingError, match="start at 1"):
-        formula_prompts("NaCl", z)
 
 
 def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
@@ -77,6 +55,91 @@ def test_a_csv_is_read_by_its_columns(tmp_path: Path) -> None:
 
 def test_a_csv_of_compositions_alone_is_enough(tmp_path: Path) -> None:
     assert read_prompts(_file(tmp_path, "p.csv", "composition\nNa4Cl4\n")) == [composition_prompt("Na4Cl4")]
+
+
+def test_a_csv_of_formulas_names_units_groups_and_numbers(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path,
+        "p.csv",
+        "id,formula,z,spacegroup,n,composition\na,NaCl,4,225,20,\nb,TiO2,2 4,,,\n,CsCl,1,,3,\nc,,,,,Li1F1\nd,KI,,,,\n",
+    )
+    prompts = read_prompts(path)
+    salt, rutile = composition_prompt("Na4Cl4", "225"), formula_prompts("TiO2", (2, 4))
+    assert prompts[:5] == [
+        Prompt("a", salt.text, 20),
+        Prompt("b_Ti2O4", rutile[0].text),
+        Prompt("b_Ti4O8", rutile[1].text),
+        Prompt("Cs1Cl1", make_prompt("Cs1Cl1"), 3),
+        Prompt("c", make_prompt("Li1F1")),
+    ]
+    assert [prompt.id for prompt in prompts[5:]] == ["d_K1I1", "d_K2I2", "d_K3I3", "d_K4I4"]
+
+
+def test_several_space_groups_may_stand_beside_a_composition(tmp_path: Path) -> None:
+    path = _file(tmp_path, "p.csv", 'composition,spacegroup\nNa4Cl4,"225, P1"\nCs1Cl1,compatible\n')
+    ids = [prompt.id for prompt in read_prompts(path)]
+    assert ids[:2] == ["Na4Cl4_225", "Na4Cl4_P1"]
+    assert {"Cs1Cl1_P1", "Cs1Cl1_Pm-3m"} <= set(ids)
+    assert "Cs1Cl1_Fm-3m" not in ids
+    lines = _file(tmp_path, "p.txt", "Na4Cl4 225,P1\n")
+    assert [prompt.id for prompt in read_prompts(lines)] == ids[:2]
+
+
+def _archive(path: Path, members: dict[str, bytes], mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_published_prompt_archives_are_read_as_they_are(tmp_path: Path) -> None:
+    salt = make_prompt("Na4Cl4", "Fm-3m")
+    members = {"prompts/mp-22862.txt": salt.encode(), "prompts/._x.txt": b"\0", "any.v1.txt": b"data_"}
+    path = _archive(tmp_path / "prompts.tar.gz", members)
+    assert read_prompts(path) == [Prompt("mp-22862", salt), Prompt("any.v1", UNCONDITIONAL_PROMPT)]
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    ("members", "error", "message"),
+    [
+        ({"a.cif": b"data_x"}, SamplingError, "'a.cif': no prompt; an archive of prompts holds texts"),
+        ({"../a.txt": b"data_Na4Cl4\n"}, DataError, "points out of the archive"),
+        ({"a.txt": b"Na4Cl4\n"}, SamplingError, "'a.txt': 'Na4Cl4.n': a prompt begins with data_"),
+        ({"a.txt": b"\xff\xfe"}, SamplingError, "'a.txt': not a text file"),
+        ({"a.txt": b"data_" + b" " * 2**20}, SamplingError, "1,048,581 bytes are no prompt"),
+        ({}, SamplingError, "holds no prompt"),
+    ],
+)
+def test_archives_of_anything_else_are_refused(
+    tmp_path: Path, members: dict[str, bytes], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        read_prompts(_archive(tmp_path / "p.tar", members, "w"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_cut_archive_says_so(tmp_path: Path) -> None:
+    path = _archive(tmp_path / "p.tar.gz", {"a.txt": b"data_Na4Cl4\n"})
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_prompts(path)
+
+
+def test_prompts_as_texts_in_a_folder_or_alone(tmp_path: Path) -> None:
+    salt = make_prompt("Na4Cl4", "Fm-3m")
+    _file(tmp_path, "b.txt", salt)
+    _file(tmp_path, "a.txt", "data_Ti2O4\n")
+    assert read_prompts(tmp_path) == [Prompt("a", "data_Ti2O4\n"), Prompt("b", salt)]
+    assert read_prompts(tmp_path / "b.txt") == [Prompt("b", salt)]
+
+
+def test_only_a_prepared_folder_has_space_groups_to_ask_for(tmp_path: Path) -> None:
+    path = _file(tmp_path, "p.txt", "Na4Cl4\n")
+    with pytest.raises(SamplingError, match="only the records of a prepared folder"):
+        read_prompts(path, with_spacegroup=True)
 
 
 def test_a_prepared_folder_asks_for_its_compositions(prepared: Path) -> None:
@@ -107,8 +170,27 @@ def test_held_out_records_are_asked_for_first(fixtures: Path, tmp_path: Path) ->
     [
         ("p.txt", "", "holds no prompt"),
         ("p.txt", "\n # nothing\n", "holds no prompt"),
-        ("p.csv", "", "no column 'composition'; the columns are none"),
-        ("p.csv", "formula,z\nNaCl,4\n", "no column 'composition'; the columns are 'formula', 'z'"),
+        ("p.csv", "", "no column 'composition' or 'formula'; the columns are none"),
+        (
+            "p.csv",
+            "compound,z\nNaCl,4\n",
+            "no column 'composition' or 'formula'; the columns are 'compound', 'z'",
+        ),
+        ("p.csv", "formula,z\nNaCl,0\n", r"p\.csv:2: z='0': expected whole numbers from 1"),
+        ("p.csv", "formula,z\nNaCl,fit\n", r"p\.csv:2: z='fit': expected whole numbers"),
+        ("p.csv", 'formula,z\nNaCl,"2,2"\n', r"p\.csv:2: z=2,2: one of them stands there twice"),
+        ("p.csv", "composition,z\nNaCl,4\n", r"p\.csv:2: z=4: numbers of formula units go with a formula"),
+        ("p.csv", "composition,formula\nNa4Cl4,NaCl\n", r"p\.csv:2: both a composition and a formula"),
+        ("p.csv", "composition,n\nNa4Cl4,-1\n", r"p\.csv:2: n='-1': expected whole numbers"),
+        ("p.csv", "composition,n\nNa4Cl4,two\n", r"p\.csv:2: n='two': expected"),
+        (
+            "p.csv",
+            'composition,spacegroup\nNa4Cl4,"225,Fm-3m"\n',
+            r"p\.csv:2: space groups 225,Fm-3m: one of them",
+        ),
+        ("p.txt", "data_Na4Cl4\nloop_\n\n", "an empty line ends a crystal"),
+        ("p.txt", "data_rocksalt\n", "no formula from 'rocksalt' on"),
+        ("p.txt", "data_Na4Cl4\n_mine 4\n", "1 of its words have no token"),
         ("p.csv", "composition\n", "holds no prompt"),
         ("p.txt", "Na4Cl4\n\nQq4\n", r"p\.txt:3: 'Qq' is not an element"),
         ("p.txt", "Na4Cl4 P6\n", r"p\.txt:1: space group P6 .* has no token"),
@@ -150,36 +232,6 @@ def test_files_that_may_not_be_read_say_why(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(SamplingError, match=r"p\.txt: cannot be read: Permission denied"):
         read_prompts(path)
-
-
-def test_bad_compositions_keep_their_own_error() -> None:
-    with pytest.raises(CIFError, match="is not an element"):
-        composition_prompt("Qq4")
-
-
-def test_names_fit_files_on_every_system() -> None:
-    prompts = [
-        Prompt(name, "data_") for name in ("a/b", "../up", "c:\\d e", "...", "é", "", "P4_2/mnm", "+x-1")
-    ]
-    names = [prompt.id for prompt in unique_ids(prompts)]
-    assert names == ["a-b", "-up", "c--d-e", "prompt", "-", "prompt-2", "P4_2-mnm", "+x-1"]
-
-
-def test_names_are_unlike_each_other_in_any_case() -> None:
-    given = ["salt", "Salt", "salt", "SALT-2", "salt-2", "a/b", "a-b"]
-    renamed = unique_ids([Prompt(name, f"data_{i}") for i, name in enumerate(given)])
-    names = [prompt.id for prompt in renamed]
-    assert len({name.lower() for name in names}) == len(given)
-    assert names[0] == "salt"
-    assert [prompt.text for prompt in renamed] == [f"data_{i}" for i in range(len(given))]
-
-
-def test_long_names_still_fit_a_file_name(tmp_path: Path) -> None:
-    long = "x" * 300
-    prompts = unique_ids([Prompt(long, "data_"), Prompt(long, "data_"), Prompt(long + "y", "data_")])
-    assert len({prompt.id for prompt in prompts}) == 3
-    for prompt in prompts:
-        (tmp_path / f"{prompt.id}__1000000.cif.partial").write_text("")
 
 
 def test_ids_of_a_csv_survive_to_the_names(tmp_path: Path) -> None:

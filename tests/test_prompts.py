@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,20 @@ from crystallm_jax.cif import (
     prompt_from_cif,
 )
 from crystallm_jax.cif.formula import formula_order, parse_formula, reduced_formula
+from crystallm_jax.errors import SamplingError
+from crystallm_jax.sampling.prompts import (
+    COMPATIBLE,
+    Prompt,
+    composition_prompt,
+    composition_prompts,
+    excluded_ids,
+    formula_prompts,
+    unconditional_prompt,
+    unique_ids,
+    wanted_spacegroups,
+    within_sites,
+    without_elements,
+)
 
 ROCKSALT = """data_Na4Cl4
 loop_
@@ -150,3 +165,103 @@ def test_golden_prompts(golden):
                     assert prompt == record["prompt_comp_sg"], record["id"]
             ids = tokenizer.encode_cif(prompt).tolist()
             assert ids == record["token_ids"][: len(ids)], record["id"]
+
+
+def test_a_composition_makes_the_prompt_of_make_prompt() -> None:
+    assert composition_prompt("Cl4Na4") == Prompt("Na4Cl4", make_prompt("Na4Cl4"))
+    assert composition_prompt("Na4Cl4", "225") == Prompt("Na4Cl4_225", make_prompt("Na4Cl4", "Fm-3m"))
+    assert unconditional_prompt().text == UNCONDITIONAL_PROMPT
+
+
+def test_a_formula_is_asked_for_at_each_number_of_units() -> None:
+    prompts = formula_prompts("TiO2", (2, 4), "P4_2/mnm")
+    assert [prompt.text for prompt in prompts] == [make_prompt(c, "P4_2/mnm") for c in ("Ti2O4", "Ti4O8")]
+    assert [prompt.id for prompt in prompts] == ["Ti2O4_P4_2/mnm", "Ti4O8_P4_2/mnm"]
+
+
+@pytest.mark.parametrize("z", [(), (0,), (2, -1)])
+def test_numbers_of_units_start_at_one(z: tuple[int, ...]) -> None:
+    with pytest.raises(SamplingError, match="start at 1"):
+        formula_prompts("NaCl", z)
+
+
+def test_bad_compositions_keep_their_own_error() -> None:
+    with pytest.raises(CIFError, match="is not an element"):
+        composition_prompt("Qq4")
+
+
+def test_names_fit_files_on_every_system() -> None:
+    prompts = [
+        Prompt(name, "data_") for name in ("a/b", "../up", "c:\\d e", "...", "é", "", "P4_2/mnm", "+x-1")
+    ]
+    names = [prompt.id for prompt in unique_ids(prompts)]
+    assert names == ["a-b", "-up", "c--d-e", "prompt", "-", "prompt-2", "P4_2-mnm", "+x-1"]
+
+
+def test_names_are_unlike_each_other_in_any_case() -> None:
+    given = ["salt", "Salt", "salt", "SALT-2", "salt-2", "a/b", "a-b"]
+    renamed = unique_ids([Prompt(name, f"data_{i}") for i, name in enumerate(given)])
+    names = [prompt.id for prompt in renamed]
+    assert len({name.lower() for name in names}) == len(given)
+    assert names[0] == "salt"
+    assert [prompt.text for prompt in renamed] == [f"data_{i}" for i in range(len(given))]
+
+
+def test_long_names_still_fit_a_file_name(tmp_path: Path) -> None:
+    long = "x" * 300
+    prompts = unique_ids([Prompt(long, "data_"), Prompt(long, "data_"), Prompt(long + "y", "data_")])
+    assert len({prompt.id for prompt in prompts}) == 3
+    for prompt in prompts:
+        (tmp_path / f"{prompt.id}__1000000.cif.partial").write_text("")
+
+
+def test_several_space_groups_make_several_prompts() -> None:
+    prompts = composition_prompts("Na4Cl4", "225, P1,P 21/c")
+    assert [prompt.id for prompt in prompts] == ["Na4Cl4_225", "Na4Cl4_P1", "Na4Cl4_P 21/c"]
+    assert prompts[2].text == make_prompt("Na4Cl4", "P2_1/c")
+    with pytest.raises(SamplingError, match="space groups 225,Fm-3m: one of them stands there twice"):
+        composition_prompts("Na4Cl4", "225,Fm-3m")
+    with pytest.raises(CIFError, match=r"P6 .* has no token"):
+        composition_prompts("Na4Cl4", "225,P6")
+
+
+def test_compatible_space_groups_are_those_that_can_hold_the_cell() -> None:
+    groups = wanted_spacegroups({"Na": 1, "Cl": 1}, COMPATIBLE)
+    assert groups[:2] == ["P1", "P-1"]
+    assert "Pm-3m" in groups
+    assert not {"Fm-3m", "P2_1/c"}.intersection(groups)
+    # Two sites of multiplicity 1 without parameters, and three atoms.
+    assert "Pm-3m" not in wanted_spacegroups({"Na": 1, "Cl": 1, "Br": 1}, COMPATIBLE)
+    assert "Fm-3m" in wanted_spacegroups({"Na": 4, "Cl": 4}, COMPATIBLE)
+
+
+def test_prompts_with_excluded_elements_are_left_out() -> None:
+    prompts = [composition_prompt(c) for c in ("Pb1O1", "Na4Cl4", "Cd1S1")]
+    prompts += [Prompt("open", "data_Pb1"), unconditional_prompt()]
+    assert [prompt.id for prompt in without_elements(prompts, ("Pb", "Cd"))] == ["Na4Cl4", "unconditional"]
+    with pytest.raises(SamplingError, match="excluded elements Pb: each of the 1 prompts has one"):
+        without_elements(prompts[:1], ("Pb",))
+
+
+def test_excluded_elements_are_tokens() -> None:
+    tokenizer = CIFTokenizer()
+    assert [tokenizer.id_to_token[i] for i in excluded_ids(("Pb", "C"))] == ["Pb", "C"]
+    assert excluded_ids(()) == ()
+    with pytest.raises(CIFError, match="has no token"):
+        excluded_ids(("Po",))
+
+
+def test_large_cells_are_left_out() -> None:
+    prompts = formula_prompts("NaCl", (1, 2, 4))
+    assert within_sites(prompts, 4) == prompts[:2]
+    with pytest.raises(SamplingError, match="at most 1 sites: the smallest cell asked for has 2 atoms"):
+        within_sites(prompts, 1)
+    with pytest.raises(SamplingError, match="cannot be honoured for the prompt 'unconditional'"):
+        within_sites([*prompts, unconditional_prompt()], 4)
+
+
+def test_new_names_keep_the_numbers_of_samples() -> None:
+    assert unique_ids([Prompt("a", "data_", 3), Prompt("A", "data_")]) == [
+        Prompt("a", "data_", 3),
+        Prompt("A-2", "data_"),
+    ]

@@ -1,22 +1,30 @@
 """`crystallm sample`: crystals from a model, post-processed, validated and written."""
 
 import argparse
+import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from crystallm_jax.cli.sample_prompts import PROMPT_HELP, add_prompt_flags, positive, prompts_from
+
 if TYPE_CHECKING:
-    from crystallm_jax.results import Summary
+    from crystallm_jax.results import Summary, ValidTarget
+    from crystallm_jax.sampling.generate import GenerationRequest
     from crystallm_jax.sampling.prompts import Prompt
 
-_EXAMPLE = """examples:
+_MOST_NAMED = 10
+
+_EXAMPLE = f"""examples:
   crystallm sample --composition Na4Cl4 --num-samples 8 --out samples
   crystallm sample --formula TiO2 --z 2,4 --spacegroup P4_2/mnm --out rutile
+  crystallm sample --formula NaCl --z 1,4 --spacegroup compatible --num-samples 4 --out salt
+  crystallm sample --elements Li-Fe-P-O --z 1,2,4 --max-sites 60 --out system
+  crystallm sample --composition Ti4O8 --target-valid 10 --constrain symmetry --out titania
   crystallm sample --model runs/mine --prompts compositions.csv --out screened
 
-A composition counts the atoms of the whole cell. --prompts reads a CSV with a column `composition` (and, if wanted,
-`spacegroup` and `id`), a text file with a composition and, if wanted, a space group a line, or a prepared folder.
-"""
+{PROMPT_HELP}"""
 
 
 def add_parser(verbs: Any) -> None:
@@ -33,43 +41,70 @@ def add_parser(verbs: Any) -> None:
         default="default",
         help="a run folder, a model folder, a published ckpt.pt, or `default`, the one in the package (default)",
     )
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--composition", metavar="C", help="of the whole cell: Na4Cl4")
-    prompts.add_argument("--formula", metavar="F", help="a formula unit, NaCl; --z says how many fill a cell")
-    prompts.add_argument("--prompts", metavar="FILE", help="many prompts, see below")
-    prompts.add_argument(
-        "--unconditional", action="store_true", help="leave even the composition to the model"
-    )
+    add_prompt_flags(parser)
     add = parser.add_argument
-    add("--z", type=_whole_numbers, default=(1, 2, 3, 4), help="formula units a cell (default: 1,2,3,4)")
-    add("--spacegroup", metavar="S", help="a symbol (Fm-3m) or a number (225)")
-    add("--with-spacegroup", action="store_true", help="prompt the records of a prepared folder with theirs")
-    add("--limit", type=int, metavar="N", help="only the first N prompts")
     add(
         "--out",
         required=True,
         metavar="DIR",
-        help="folder to write: cifs/, samples.csv, structures.extxyz, run.json",
+        help="folder to write: cifs/, symmetrized/, samples.csv, structures.extxyz, run.json",
     )
-    _add_settings(add)
+    _add_numbers(add)
+    _add_method(add)
+    _add_machine(add)
     parser.set_defaults(run=run)
 
 
-def _add_settings(add: Callable[..., Any]) -> None:
-    """Add the flags that say how to sample, each with its default."""
-    add("--num-samples", type=int, default=1, metavar="N", help="samples a prompt (default: %(default)s)")
-    add("--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s")
+def _add_numbers(add: Callable[..., Any]) -> None:
+    """Add the flags that say how many samples are wanted."""
+    add("--num-samples", type=positive, metavar="N", help="samples a prompt (default: 1)")
+    add(
+        "--target-valid",
+        type=positive,
+        metavar="K",
+        help="instead of --num-samples: go on with each prompt until K samples are valid",
+    )
+    add(
+        "--limit-samples",
+        type=positive,
+        metavar="N",
+        help="with --target-valid: samples a prompt at most (default: 50 K)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with what a run with these settings left in --out, if any",
+    )
+
+
+def _add_method(add: Callable[..., Any]) -> None:
+    """Add the flags that say what is drawn, each with its default."""
+    add("--temperature", type=_temperature, default=1.0, metavar="T", help="default: %(default)s")
     add(
         "--top-k",
-        type=int,
+        type=_natural,
         default=10,
         metavar="K",
         help="1 is greedy, 0 draws from all (default: %(default)s)",
     )
-    add("--max-new-tokens", type=int, metavar="N", help="most tokens to add (default: to the context's end)")
-    add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     add(
-        "--batch-size", type=int, default=64, metavar="B", help="rows decoded together (default: %(default)s)"
+        "--top-p",
+        type=_share,
+        metavar="P",
+        help="of these, draw from the fewest whose probabilities add up to P (default: from all)",
+    )
+    add(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="most tokens to add (default: to the context's end)",
+    )
+    add("--seed", type=_seed, default=0, metavar="S", help="default: %(default)s")
+    add(
+        "--constrain",
+        choices=("syntax", "composition", "symmetry"),
+        help="hold every sample to the dialect's syntax, to the prompt's composition too, or to multiplicities that"
+        " the space group has as well (default: to nothing, as published)",
     )
     add(
         "--overflow",
@@ -77,16 +112,31 @@ def _add_settings(add: Callable[..., Any]) -> None:
         default="stop",
         help="at the context's end: stop, or slide as published, slowly (default: %(default)s)",
     )
+
+
+def _add_machine(add: Callable[..., Any]) -> None:
+    """Add the flags that say how the machine is used."""
+    add(
+        "--batch-size",
+        type=positive,
+        metavar="B",
+        help="rows decoded together; it changes no sample (default: 64 on a CPU, 512 elsewhere)",
+    )
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="arithmetic (default: %(default)s)",
     )
-    add("--workers", type=int, metavar="N", help="validating processes (default: one a usable core)")
+    add(
+        "--cache-dtype",
+        choices=("float32", "bfloat16"),
+        help="of the keys and values kept (default: as --dtype)",
+    )
+    add("--workers", type=positive, metavar="N", help="validating processes (default: one a usable core)")
     add(
         "--time-limit",
-        type=float,
+        type=_seconds,
         default=60.0,
         metavar="S",
         help="seconds to validate one (default: %(default)s)",
@@ -101,70 +151,163 @@ def run(arguments: argparse.Namespace) -> int:
     from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
     from crystallm_jax.sampling.prompts import unique_ids  # noqa: PLC0415
 
-    prompts = unique_ids(_prompts(arguments)[: arguments.limit])
+    _check(arguments)
+    prompts = unique_ids(prompts_from(arguments))
+    _check_own_numbers(arguments, prompts)
 
     from crystallm_jax.api import load_model  # noqa: PLC0415 - JAX only once the prompts are good
     from crystallm_jax.results import ResultsFolder, sample_into  # noqa: PLC0415
-    from crystallm_jax.sampling.generate import GenerationRequest  # noqa: PLC0415
-    from crystallm_jax.sampling.methods import SamplingMethod  # noqa: PLC0415
 
-    request = GenerationRequest(
-        method=SamplingMethod(arguments.temperature, arguments.top_k if arguments.top_k != 0 else None),
-        num_samples=arguments.num_samples,
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        overflow=arguments.overflow,
-    )
+    request, target = _request(arguments), _target(arguments)
     model = load_model(arguments.model, dtype=arguments.dtype)
-    total = len(prompts) * request.num_samples
+    total = None if target else sum(prompt.n or request.num_samples for prompt in prompts)
     with (
         terminate_as_interrupt() as interruption,
         ValidatorPool(arguments.workers, arguments.time_limit) as pool,
         tqdm(total=total, unit="sample", disable=None, file=sys.stderr) as bar,
     ):
-        folder = ResultsFolder(arguments.out)
+        folder = ResultsFolder(arguments.out, resume=arguments.resume)
         summary = sample_into(
-            folder, model, prompts, request, pool=pool, on_batch=bar.update, interruption=interruption
+            folder,
+            model,
+            prompts,
+            request,
+            pool=pool,
+            target=target,
+            on_batch=bar.update,
+            interruption=interruption,
         )
-    _report(summary, arguments.out)
+    if summary is not None:
+        _report(summary, arguments)
     return 0
 
 
-def _prompts(arguments: argparse.Namespace) -> "list[Prompt]":
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        ConfigError: such flags.
+    """
     from crystallm_jax.errors import ConfigError  # noqa: PLC0415
-    from crystallm_jax.sampling import prompts as sources  # noqa: PLC0415
 
-    if arguments.spacegroup is not None and (arguments.prompts or arguments.unconditional):
+    target, limit = arguments.target_valid, arguments.limit_samples
+    if limit is not None and target is None:
+        raise ConfigError("--limit-samples goes with --target-valid; for a fixed number give --num-samples")
+    if target is not None and arguments.num_samples is not None:
         raise ConfigError(
-            "--spacegroup goes with --composition or --formula; in a file it stands beside each"
+            "--target-valid and --num-samples do not go together; for a limit give --limit-samples"
         )
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit {arguments.limit}: must be at least 1")
-    if arguments.unconditional:
-        return [sources.unconditional_prompt()]
-    if arguments.composition is not None:
-        return [sources.composition_prompt(arguments.composition, arguments.spacegroup)]
-    if arguments.formula is not None:
-        return sources.formula_prompts(arguments.formula, arguments.z, arguments.spacegroup)
-    return sources.read_prompts(arguments.prompts, with_spacegroup=arguments.with_spacegroup)
+    if limit is not None and limit < target:
+        raise ConfigError(f"--limit-samples {limit} is below --target-valid {target}: raise it")
+    if target is not None and arguments.overflow == "slide":
+        raise ConfigError("--target-valid does not go with --overflow slide: use --overflow stop")
+    if arguments.constrain is not None and arguments.overflow == "slide":
+        raise ConfigError(
+            "--constrain does not go with --overflow slide: what is forced must fit the context"
+        )
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers such as 1,2,4") from None
+def _check_own_numbers(arguments: argparse.Namespace, prompts: "Sequence[Prompt]") -> None:
+    """Refuse a number of valid samples for prompts that ask for a number of samples.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    from crystallm_jax.errors import ConfigError  # noqa: PLC0415
+
+    own = next((prompt for prompt in prompts if prompt.n is not None), None)
+    if own is not None and arguments.target_valid is not None:
+        raise ConfigError(
+            f"--target-valid does not go with prompts that say how many samples they want (n={own.n} of {own.id}):"
+            " leave one of them out"
+        )
 
 
-def _report(summary: "Summary", out: str) -> None:
-    share = summary.valid / summary.samples if summary.samples else 0.0
-    rate = summary.generated_tokens / summary.sampling_seconds if summary.sampling_seconds else 0.0
-    print(f"{summary.samples} samples, {summary.valid} valid ({share:.1%})")  # noqa: T201
-    for reason, count in summary.reasons.items():
-        print(f"  {count:6d}  {reason}")  # noqa: T201
-    print(  # noqa: T201
-        f"{summary.generated_tokens} tokens in {summary.sampling_seconds:.1f} s, compilation included"
-        f" ({rate:.0f} tokens/s); validated after {summary.seconds:.1f} s"
+def _request(arguments: argparse.Namespace) -> "GenerationRequest":
+    from crystallm_jax.sampling.generate import GenerationRequest  # noqa: PLC0415
+    from crystallm_jax.sampling.methods import SamplingMethod  # noqa: PLC0415
+    from crystallm_jax.sampling.prompts import excluded_ids  # noqa: PLC0415
+
+    return GenerationRequest(
+        method=SamplingMethod(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k or None,
+            top_p=arguments.top_p,
+            excluded=excluded_ids(arguments.exclude_elements),
+        ),
+        num_samples=arguments.num_samples or 1,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        overflow=arguments.overflow,
+        constrain=arguments.constrain,
+        cache_dtype=arguments.cache_dtype,
     )
-    print(f"in {out}: cifs/, samples.csv, structures.extxyz, run.json")  # noqa: T201
+
+
+def _target(arguments: argparse.Namespace) -> "ValidTarget | None":
+    from crystallm_jax.results import DEFAULT_TRIES, ValidTarget  # noqa: PLC0415
+
+    if arguments.target_valid is None:
+        return None
+    return ValidTarget(
+        arguments.target_valid, arguments.limit_samples or DEFAULT_TRIES * arguments.target_valid
+    )
+
+
+def _report(summary: "Summary", arguments: argparse.Namespace) -> None:
+    totals, session, out = summary.totals, summary.session, arguments.out
+    if session.found and not session.samples:
+        print(f"{out}: all its samples are there already, nothing to do")  # noqa: T201
+    share = totals.valid / totals.samples if totals.samples else 0.0
+    print(f"{totals.samples} samples, {totals.valid} valid ({share:.1%})")  # noqa: T201
+    for reason, count in totals.reasons.items():
+        print(f"  {count:6d}  {reason}")  # noqa: T201
+    if summary.short:
+        named = ", ".join(summary.short[:_MOST_NAMED])
+        more = f" and {len(summary.short) - _MOST_NAMED:,} more" if len(summary.short) > _MOST_NAMED else ""
+        print(f"fewer than {arguments.target_valid} valid after the most samples allowed: {named}{more}")  # noqa: T201
+    if session.samples:
+        found = f"; {session.found} samples were there already" if session.found else ""
+        print(  # noqa: T201
+            f"{session.generated_tokens} tokens in {session.sampling_seconds:.1f} s, compilation included"
+            f" ({session.tokens_per_second:.0f} tokens/s); validated after {session.seconds:.1f} s{found}"
+        )
+    print(f"in {out}: cifs/, symmetrized/, samples.csv, structures.extxyz, run.json")  # noqa: T201
+
+
+def _natural(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 4294967295")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    return _number(text, "a number above 0; for the most likely token use --top-k 1")
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "a number of seconds above 0")
+
+
+def _share(text: str) -> float:
+    value = _number(text, "a share above 0 and at most 1")
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share above 0 and at most 1")
+    return value
+
+
+def _number(text: str, expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    return value

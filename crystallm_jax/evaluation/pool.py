@@ -11,13 +11,13 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.evaluation.report import ValidityReport, failed
+from crystallm_jax.evaluation.report import Judgement, ValidityReport, failed
 from crystallm_jax.processes import SPAWN, usable_cores
 
 GRACE = 5.0  # seconds; validate itself should end first, with a fuller report
@@ -26,6 +26,8 @@ ENDING = 30.0  # seconds that the end of the workers may take; each is killed af
 AHEAD = 8  # texts waiting for each worker
 STOPPED = "the pool was stopped before this text was judged"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+T = TypeVar("T")
 
 
 class ValidatorPool:
@@ -57,7 +59,8 @@ class ValidatorPool:
             initializer=_prepare_worker,
             context=SPAWN,
         )
-        self._open: set[Future[ValidityReport]] = set()
+        # Futures without a result, each with what makes a result of the report on a text that had no verdict.
+        self._open: dict[Future[Any], Callable[[ValidityReport], Any]] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> ValidatorPool:
@@ -77,6 +80,10 @@ class ValidatorPool:
         """A future of the report on a text. Its result raises only if the future itself was cancelled."""
         return self._schedule(_validate, text, self.time_limit)
 
+    def judge(self, text: str) -> Future[Judgement]:
+        """A future of the report on a text and of its structure for other programs, as `submit` otherwise."""
+        return self._schedule_for(Judgement, _judge, text, self.time_limit)
+
     def stop(self) -> None:
         """Ends the workers at once; texts not yet judged get a report with the reason "crashed"."""
         self._pool.stop()
@@ -85,39 +92,44 @@ class ValidatorPool:
         ending.start()
         ending.join(ENDING)
         # pebble leaves a task open that no worker had taken yet.
-        for outcome in tuple(self._open):
-            self._settle(outcome, failed("crashed", STOPPED))
+        for outcome, without_verdict in tuple(self._open.items()):
+            self._settle(outcome, without_verdict(failed("crashed", STOPPED)))
 
-    def _schedule(self, function: Callable[..., Any], *arguments: Any) -> Future[ValidityReport]:
-        outcome: Future[ValidityReport] = Future()
-        self._open.add(outcome)
+    def _schedule(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        return self._schedule_for(_itself, function, *arguments)
+
+    def _schedule_for(
+        self, without_verdict: Callable[[ValidityReport], T], function: Callable[..., T], *arguments: Any
+    ) -> Future[T]:
+        outcome: Future[T] = Future()
+        self._open[outcome] = without_verdict
         task = self._pool.schedule(function, args=arguments, timeout=self.time_limit + GRACE)
-        task.add_done_callback(lambda done: self._settle(outcome, self._report(done)))
+        task.add_done_callback(lambda done: self._settle(outcome, self._result(done, without_verdict)))
         return outcome
 
-    def _settle(self, outcome: Future[ValidityReport], report: ValidityReport) -> None:
+    def _settle(self, outcome: Future[T], result: T) -> None:
         """Gives a future its result, once."""
         with self._lock:
-            if outcome not in self._open:
+            if self._open.pop(outcome, None) is None:
                 return
-            self._open.remove(outcome)
         if outcome.set_running_or_notify_cancel():
-            outcome.set_result(report)
+            outcome.set_result(result)
 
-    def _report(self, task: Future[Any]) -> ValidityReport:
-        """What became of a task, as a report."""
+    def _result(self, task: Future[T], without_verdict: Callable[[ValidityReport], T]) -> T:
+        """The result of a task, or what stands for one that came to none."""
         try:
             return task.result()
         except TimeoutError:
-            return failed("timeout", f"no verdict within {self.time_limit:g} seconds: the worker was ended")
+            report = failed("timeout", f"no verdict within {self.time_limit:g} seconds: the worker was ended")
         except ProcessExpired as error:
-            return failed(
+            report = failed(
                 "crashed", f"the worker died (exit code {error.exitcode}): the text may need too much memory"
             )
         except (CancelledError, BrokenProcessPool):
-            return failed("crashed", STOPPED)
+            report = failed("crashed", STOPPED)
         except Exception as error:  # noqa: BLE001 - kept: its class and message go into the report
-            return failed("crashed", f"the worker failed ({type(error).__name__}: {error})")
+            report = failed("crashed", f"the worker failed ({type(error).__name__}: {error})")
+        return without_verdict(report)
 
 
 def validate_many(
@@ -157,11 +169,21 @@ def _validate(text: str, time_limit: float) -> ValidityReport:
     return validate(text, time_limit=time_limit)
 
 
+def _judge(text: str, time_limit: float) -> Judgement:
+    from crystallm_jax.evaluation.judging import judge  # noqa: PLC0415 - only workers need pymatgen
+
+    return judge(text, time_limit=time_limit)
+
+
+def _itself(report: ValidityReport) -> ValidityReport:
+    return report
+
+
 def _prepare_worker() -> None:
     """Limits a fresh worker to one thread and some memory, and loads what it needs before the clock runs."""
     for variable in THREAD_VARIABLES:
         os.environ.setdefault(variable, "1")
-    from crystallm_jax.evaluation import validity  # noqa: F401, PLC0415 - after the threads are set
+    from crystallm_jax.evaluation import judging  # noqa: F401, PLC0415 - after the threads are set
 
     _limit_memory()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_ERROR_LENGTH = 300
 
@@ -33,6 +34,22 @@ class ValidityReport:
     valid: bool = False
     error: str | None = None
     reasons: tuple[str, ...] = ()
+
+
+class Judgement(NamedTuple):
+    """The verdicts on one text, and its structure for other programs.
+
+    Attributes:
+        report: The verdicts.
+        frame: The structure as a frame of an extxyz file; None where the text holds none.
+        symmetrized: The structure as a symmetrised CIF; None likewise.
+        omitted: Why one of them could not be written though the text holds a structure, one line.
+    """
+
+    report: ValidityReport
+    frame: str | None = None
+    symmetrized: str | None = None
+    omitted: str | None = None
 
 
 def failed(reason: str, message: str) -> ValidityReport:

@@ -7,7 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pymatgen.core import Composition, Structure
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
@@ -44,6 +44,13 @@ SPACES = re.compile(r"[ \t]+")
 T = TypeVar("T")
 
 
+class Examination(NamedTuple):
+    """The verdicts on a text, and the structure that they are about; None where there is none."""
+
+    report: ValidityReport
+    structure: Structure | None
+
+
 def validate(cif: str, *, time_limit: float = 60.0) -> ValidityReport:
     """Judges a CIF text as the published implementation does.
 
@@ -55,6 +62,11 @@ def validate(cif: str, *, time_limit: float = 60.0) -> ValidityReport:
     Returns:
         The verdicts. All that can be computed are, whichever fails first. Never raises on a bad text.
     """
+    return examine(cif, time_limit=time_limit).report
+
+
+def examine(cif: str, *, time_limit: float = 60.0) -> Examination:
+    """Judges a CIF text as `validate` does, and gives the structure too."""
     deadline = time.monotonic() + time_limit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -131,20 +143,20 @@ def is_sensible(text: str) -> bool:
     return True
 
 
-def _judge(cif: str, deadline: float) -> ValidityReport:
-    """The report on a text, cheap verdicts first."""
+def _judge(cif: str, deadline: float) -> Examination:
+    """The report on a text, cheap verdicts first, and its structure."""
     findings = _Findings()
     text = findings.attempt("unparsable", lambda: ordinary_text(cif))
     if text is None:
-        return findings.report()
+        return Examination(findings.report(), None)
     parsed = findings.attempt("unparsable", lambda: parse_blocks(text))
     sensible = is_sensible(text[:MAX_CHARACTERS])
     if parsed is None:
-        return findings.report(sensible=sensible)
+        return Examination(findings.report(sensible=sensible), None)
     formula = findings.judge("formula", lambda: is_formula_consistent(text, parsed))
     multiplicity = findings.judge("multiplicity", lambda: is_multiplicity_consistent(parsed))
     built = findings.attempt("unparsable", lambda: build_structure(parsed))
-    score = space_group = None
+    structure = score = space_group = None
     if built is not None:
         structure, operators = built
         # The space group takes milliseconds, the bonds up to minutes; among the reasons bonds come first.
@@ -156,13 +168,14 @@ def _judge(cif: str, deadline: float) -> ValidityReport:
         if score is not None and score < 1.0:
             findings.reasons.append("bond_length")
         findings.extend(later)
-    return findings.report(
+    report = findings.report(
         formula_consistent=formula,
         multiplicity_consistent=multiplicity,
         bond_length_score=score,
         space_group_consistent=space_group,
         sensible=sensible,
     )
+    return Examination(report, structure)
 
 
 class _Findings:

@@ -1,155 +1,234 @@
-"""Prefill and decode: two compiled functions over a batch of rows and its key-value cache.
+"""What runs on the device: drawing tokens step by step, and reading many at once.
 
-A row's randomness is a function of its own key and of positions: neither the batch that it is decoded in nor the
+A row's randomness is a function of its own key and of positions, so neither the batch that it is decoded in nor the
 order of batches changes a sample.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from crystallm_jax.model import GPT, KVCache, ModelConfig, grow_cache, init_cache
+from crystallm_jax.model.columns import Before, attend_columns
+from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.model.inference import Weights, read_columns
+from crystallm_jax.model.pages import Log, Pages, PageTable, attend_pages, column_pages
+from crystallm_jax.sampling.constrain import (
+    Automaton,
+    AutomatonState,
+    advance,
+    allowed,
+    run_length,
+)
 from crystallm_jax.sampling.methods import SamplingMethod, draw
 
-_NO_TOKEN = -1
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rows go on: a static argument, compiled in.
+
+    Attributes:
+        method: how tokens are drawn.
+        newline_id: the token of which two in a row end a sample.
+        automaton: what tokens may be drawn; None bars nothing.
+        jump_from: a row with so many forced tokens ahead, or more, is held so that they can be read at once.
+    """
+
+    method: SamplingMethod
+    newline_id: int
+    automaton: Automaton | None = None
+    jump_from: int | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DecodeState:
-    """A batch in the middle of decoding.
+class RowState:
+    """The rows of a batch in the middle of their texts.
 
     Attributes:
-        cache: keys and values of all tokens but each row's last.
-        tokens: int32 [B, S + 1]; prompt and generated tokens, left-aligned, anything beyond `length`. One wider than
-            the cache: the last token of a full context is drawn, but never read.
+        tokens: int32 [B, T]; prompt and generated tokens, left-aligned, anything beyond `length`.
         length: int32 [B]; tokens of each row, the prompt's included.
-        last: int32 [B]; each row's newest generated token, -1 where there is none.
+        previous: int32 [B]; each row's newest generated token, -1 where there is none.
+        logits: float32 [B, V]; of the token that comes next.
         log_prob: float32 [B]; sum of the generated tokens' log-probabilities under the model itself (temperature 1,
             all tokens), in nats.
         finished: bool [B]; two newlines were generated.
-        limit: int32 [B]; tokens at which a row stops unfinished.
+        held: bool [B]; the row waits for the host: for a plan, or for a run of forced tokens to be read.
+        limit: int32 [B]; tokens at which a row stops unfinished; 0 where a place is empty.
         keys: typed keys [B]; the rows' randomness.
+        automaton: where each row stands in its automaton; None without one.
     """
 
-    cache: KVCache
     tokens: jax.Array
     length: jax.Array
-    last: jax.Array
+    previous: jax.Array
+    logits: jax.Array
     log_prob: jax.Array
     finished: jax.Array
+    held: jax.Array
     limit: jax.Array
     keys: jax.Array
+    automaton: AutomatonState | None
 
     @property
     def active(self) -> jax.Array:
-        """Bool [B]: rows that still generate."""
-        return ~self.finished & (self.length < self.limit)
+        """Bool [B]: rows that draw a token in the next step."""
+        return ~self.finished & ~self.held & (self.length < self.limit)
 
 
-def bucket_size(tokens: int, block_size: int) -> int:
-    """The cache size that holds so many tokens: a power of two of at least 64, at most the context.
-
-    Sizes are few so that each is compiled once; reading stops at the bucket, not at the context.
-    """
-    size = 64
-    while size < tokens:
-        size *= 2
-    return min(size, block_size)
-
-
-@partial(jax.jit, static_argnames=("config", "method", "newline_id", "size"))
-def prefill(
-    config: ModelConfig,
-    method: SamplingMethod,
-    newline_id: int,
-    size: int,
-    *,
-    params: dict,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    limit: jax.Array,
-    keys: jax.Array,
-) -> DecodeState:
-    """Read the prompts and draw each row's first token. Compiled once a shape of `prompts` and `size`.
-
-    Args:
-        config: the model's shape.
-        method: how tokens are drawn.
-        newline_id: the token of which two in a row end a sample.
-        size: S, of the cache and of the token buffer; at least the width of `prompts`.
-        params: of the model.
-        prompts: int32 [B, T], left-aligned; what follows a shorter prompt is not read.
-        lengths: int32 [B], tokens of each prompt, at least 1.
-        limit: int32 [B], as in DecodeState.
-        keys: typed keys [B].
-    """
-    B, T = prompts.shape
-    logits, cache = GPT(config).apply({"params": params}, prompts, cache=init_cache(config, B, size))
-    state = DecodeState(
-        # Padding was cached behind the shorter prompts: out of sight, and overwritten as the rows grow.
-        cache=replace(cache, length=lengths),
-        tokens=jnp.zeros((B, size + 1), jnp.int32).at[:, :T].set(prompts),
-        length=lengths,
-        last=jnp.full(B, _NO_TOKEN),
-        log_prob=jnp.zeros(B),
-        finished=jnp.zeros(B, bool),
-        limit=limit,
-        keys=keys,
-    )
-    last_logits = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return append_drawn(method, newline_id, state, last_logits)
-
-
-@partial(jax.jit, static_argnames=("config", "method", "newline_id"), donate_argnames="state")
-def decode(
-    config: ModelConfig, method: SamplingMethod, newline_id: int, *, params: dict, state: DecodeState
-) -> DecodeState:
-    """Generate until every row is done or the longest fills the cache. Compiled once a cache size and batch.
-
-    Nothing goes to the host in between; the state given is donated.
-    """
-    model = GPT(config)
-
-    def going_on(state: DecodeState) -> jax.Array:
-        fits = jnp.max(jnp.where(state.active, state.length, 0)) <= state.cache.size
-        return jnp.any(state.active) & fits
-
-    def step(state: DecodeState) -> DecodeState:
-        # A row that is done repeats its newest token at the same place of the cache; nothing of it is kept.
-        cache = replace(state.cache, length=state.length - 1)
-        logits, cache = model.apply({"params": params}, state.last[:, None], cache=cache)
-        return append_drawn(method, newline_id, replace(state, cache=cache), logits[:, 0])
-
-    return jax.lax.while_loop(going_on, step, state)
-
-
-def grow(state: DecodeState, size: int) -> DecodeState:
-    """The same state with room for `size` tokens a row."""
-    extra = [(0, 0), (0, size + 1 - state.tokens.shape[1])]
-    return replace(state, cache=grow_cache(state.cache, size), tokens=jnp.pad(state.tokens, extra))
-
-
-def append_drawn(
-    method: SamplingMethod, newline_id: int, state: DecodeState, logits: jax.Array
-) -> DecodeState:
-    """Draw a token for each active row from logits [B, V] and append it."""
+def append_drawn(rules: Rules, state: RowState) -> RowState:
+    """Draw a token for each active row from its logits and append it; the logits are then out of date."""
+    active, rows = state.active, jnp.arange(state.length.shape[0])
     with jax.named_scope("draw"):
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
-        token = draw(method, logits, keys)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    active = state.active
-    rows = jnp.arange(token.shape[0])
+        logits, automaton = state.logits, state.automaton
+        if rules.automaton is not None and automaton is not None:
+            logits = jnp.where(allowed(rules.automaton, automaton), logits, -jnp.inf)
+        token = draw(rules.method, logits, keys)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=-1)[:, 0]
+    held = state.held
+    if rules.automaton is not None and automaton is not None:
+        with jax.named_scope("automaton"):
+            automaton = advance(rules.automaton, automaton, token, active)
+            held = held | (active & automaton.waiting)
+            if rules.jump_from is not None:
+                held = held | (active & (run_length(rules.automaton, automaton) >= rules.jump_from))
     place = jnp.where(active, state.length, state.tokens.shape[1])
-    # A newline at the prompt's end does not count: `last` holds generated tokens only.
-    ended = (token == newline_id) & (state.last == newline_id)
+    # A newline at the prompt's end does not count: `previous` holds generated tokens only.
+    ended = (token == rules.newline_id) & (state.previous == rules.newline_id)
     return replace(
         state,
         tokens=state.tokens.at[rows, place].set(token, mode="drop"),
         length=jnp.where(active, state.length + 1, state.length),
-        last=jnp.where(active, token, state.last),
+        previous=jnp.where(active, token, state.previous),
         log_prob=jnp.where(active, state.log_prob + log_prob, state.log_prob),
         finished=state.finished | (active & ended),
+        held=held,
+        automaton=automaton,
     )
+
+
+@partial(jax.jit, static_argnames=("config", "rules"), donate_argnames=("state", "log"))
+def decode_steps(
+    config: ModelConfig,
+    rules: Rules,
+    *,
+    weights: Weights,
+    blocks: tuple[Pages, ...],
+    table: PageTable,
+    state: RowState,
+    log: Log,
+) -> tuple[RowState, Log]:
+    """Generate until the log is full or no row is active. Compiled once a batch size and number of blocks.
+
+    Nothing goes to the host in between. `state` and `log` are donated.
+
+    Args:
+        config: the model's shape.
+        rules: how rows go on.
+        weights: as prepared.
+        blocks: of the pool, only read.
+        table: whose the pages are.
+        state: of the rows.
+        log: written from its beginning on; what is in it is not read.
+    """
+
+    def going_on(carry: tuple[jax.Array, RowState, Log]) -> jax.Array:
+        step, state, _ = carry
+        return (step < log.keys[0].shape[0]) & jnp.any(state.active)
+
+    def step(carry: tuple[jax.Array, RowState, Log]) -> tuple[jax.Array, RowState, Log]:
+        step, state, log = carry
+        drawing = state.active
+        state = append_drawn(rules, state)
+        keys, values = list(log.keys), list(log.values)
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            for part, new in ((keys, k), (values, v)):
+                new = new.astype(part[layer].dtype)[None]
+                part[layer] = jax.lax.dynamic_update_slice_in_dim(part[layer], new, step, axis=0)
+            return attend_pages(
+                q,
+                tuple(block.keys[layer] for block in blocks),
+                tuple(block.values[layer] for block in blocks),
+                keys[layer],
+                values[layer],
+                table=table,
+                newest=step,
+            )
+
+        # A row that does not go on reads something all the same; nothing of it is kept.
+        token = jnp.maximum(state.previous, 0)
+        position = jnp.clip(state.length - 1, 0, config.block_size - 1)
+        logits = read_columns(config, weights, token, position, attend=attend)
+        state = replace(state, logits=jnp.where(drawing[:, None], logits, state.logits))
+        return step + 1, state, Log(tuple(keys), tuple(values))
+
+    _, state, log = jax.lax.while_loop(going_on, step, (jnp.int32(0), state, log))
+    return state, log
+
+
+class Columns(NamedTuple):
+    """Tokens of several texts to read at once.
+
+    Attributes:
+        token: int32 [N].
+        position: int32 [N].
+        text: int32 [N]; which of the texts each is of; R for filling.
+        target: int32 [N]; the token that follows, where its log-probability is asked for, else -1.
+        page: int32 [P, S]; the columns of each page to make.
+        last: int32 [R]; the last column of each text.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    text: jax.Array
+    target: jax.Array
+    page: jax.Array
+    last: jax.Array
+
+
+class Reading(NamedTuple):
+    """What was read.
+
+    Attributes:
+        pages: keys and values, as `Columns.page` has it.
+        logits: float32 [R, V]; of the token that follows each text.
+        log_prob: float32 [R]; of the targets of each text, summed, in nats.
+    """
+
+    pages: Pages
+    logits: jax.Array
+    log_prob: jax.Array
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def read_texts(
+    config: ModelConfig, dtype: str, *, weights: Weights, columns: Columns, before: Before | None
+) -> Reading:
+    """Read columns. Compiled once a shape.
+
+    Args:
+        config: the model's shape.
+        dtype: of the pages.
+        weights: as prepared.
+        columns: what to read.
+        before: what the texts had before; None where each begins here.
+    """
+    keys, values = [], []
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        of_keys, of_values = column_pages(k.astype(dtype), v.astype(dtype), columns.page)
+        keys.append(of_keys)
+        values.append(of_values)
+        return attend_columns(q, k, v, layer=layer, text=columns.text, before=before)
+
+    logits = read_columns(config, weights, columns.token, columns.position, attend=attend)
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), columns.target[:, None], axis=-1)[:, 0]
+    whose = columns.text == jnp.arange(columns.last.shape[0])[:, None]
+    summed = jnp.where(whose & (columns.target != NO_TOKEN), log_probs, 0.0).sum(1)
+    return Reading(Pages(tuple(keys), tuple(values)), logits[columns.last], summed)

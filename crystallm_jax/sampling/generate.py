@@ -1,26 +1,29 @@
-"""From prompts to completions: rows in batches, each batch prefilled and decoded bucket by bucket."""
+"""From prompts to completions: what is asked for goes through the engine, what ended comes out."""
 
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.model.config import DType
-from crystallm_jax.sampling.decode import DecodeState, bucket_size, decode, grow, prefill
+from crystallm_jax.model.inference import prepare_weights
+from crystallm_jax.sampling.constrain import Automaton, Level
+from crystallm_jax.sampling.decode import Rules
+from crystallm_jax.sampling.engine import Ended, Engine, EngineShape, Row
+from crystallm_jax.sampling.keys import PromptKeys
 from crystallm_jax.sampling.methods import SamplingMethod
+from crystallm_jax.sampling.orders import EverySample, Orders, Wanted
+from crystallm_jax.sampling.places import padded_count
 from crystallm_jax.sampling.slide import slide
 
 # What the published generator allows when its window slides (`max_new_tokens` of its generate_cifs.py).
 SLIDE_NEW_TOKENS = 3000
-DEFAULT_BATCH_SIZE = 64
-
-Constrain = Literal["syntax", "composition", "symmetry"]
+# Positions of a page of the cache, and steps between two looks of the host.
+_PAGE = 16
 
 
 class Completion(NamedTuple):
@@ -52,7 +55,7 @@ class GenerationRequest:
         num_samples: samples a prompt.
         max_new_tokens: most tokens to add to a prompt; None goes on to the context's end.
         seed: of all randomness.
-        batch_size: rows decoded together; it changes no sample.
+        batch_size: rows decoded together; it changes no sample. None takes 64 on a CPU, 512 elsewhere.
         overflow: `stop` ends a sample unfinished where the context ends; `slide` goes on as the published
             generator does, uncached and slow.
         constrain: what every sample is held to: `syntax` of the dialect, the prompt's `composition` too, or the
@@ -67,29 +70,21 @@ class GenerationRequest:
     num_samples: int = 1
     max_new_tokens: int | None = None
     seed: int = 0
-    batch_size: int = DEFAULT_BATCH_SIZE
+    batch_size: int | None = None
     overflow: Literal["stop", "slide"] = "stop"
-    constrain: Constrain | None = None
+    constrain: Level | None = None
     jump_from: int | None = 16
     cache_dtype: DType | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("num_samples", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise SamplingError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise SamplingError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise SamplingError(f"seed={self.seed}: must be at least 0 and below 2**32")
         if self.overflow not in ("stop", "slide"):
             raise SamplingError(f"overflow={self.overflow!r}: must be 'stop' or 'slide'")
-
-
-class _Row(NamedTuple):
-    prompt_index: int
-    sample_index: int
-    prompt: np.ndarray
-    key: np.ndarray
 
 
 def generate(
@@ -99,11 +94,20 @@ def generate(
     *,
     newline_id: int,
     request: GenerationRequest,
+    orders: Orders | None = None,
 ) -> Iterator[list[Completion]]:
-    """Complete prompts of token ids (int [T] each), yielding batches of completions as they are done.
+    """Complete prompts of token ids (int [T] each), yielding completions as they are done.
 
     A sample depends on the seed, its prompt's tokens, how often that prompt came before in the list, and its sample
-    index: never on the batch size or on the other prompts.
+    index: never on the batch size, on the other prompts, on devices, or on the order in which samples are made.
+
+    Args:
+        config: the model's shape, unrolled.
+        params: of the model.
+        prompts: all that `orders` may name.
+        newline_id: the token of which two in a row end a sample.
+        request: how to sample.
+        orders: which samples to make; None makes `num_samples` of each prompt.
 
     Raises:
         SamplingError: a prompt is empty or leaves no room in the context.
@@ -113,96 +117,83 @@ def generate(
             raise SamplingError(
                 f"prompt {index} has {len(prompt)} tokens; the model's context takes 1 to {config.block_size}"
             )
-    rows = _rows(prompts, request)
-    # Rows of like length share a batch, so that short prompts are not padded to long ones.
-    rows.sort(key=lambda row: len(row.prompt))
-    batch_size = min(request.batch_size, len(rows)) if rows else 1
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        state = _complete(config, params, batch, batch_size, newline_id=newline_id, request=request)
-        yield _completions(batch, state)
+    orders = orders or EverySample([request.num_samples] * len(prompts))
+    batch_size = request.batch_size or default_batch_size()
+    first = orders.take(batch_size)
+    # Places that would stay empty are left out.
+    rows = min(batch_size, padded_count(max(len(first), 1)))
+    rules = _rules(request, newline_id)
+    shape = EngineShape(config, rules, rows, _PAGE, request.cache_dtype or config.dtype)
+    engine = Engine(shape, prepare_weights(config, params), jax.devices()[0])
+    keys = PromptKeys(prompts, request.seed)
+    beyond: list[Ended] = []
+    while True:
+        wanted = [*first, *orders.take(engine.free - len(first))]
+        first = []
+        engine.admit(_rows(wanted, config=config, prompts=prompts, keys=keys, request=request))
+        if engine.free == rows:
+            if orders.wait():
+                continue
+            break
+        engine.start()
+        ended = engine.finish()
+        if request.overflow == "slide":
+            beyond += [one for one in ended if _goes_beyond(one, config)]
+            ended = [one for one in ended if not _goes_beyond(one, config)]
+        if ended:
+            yield [_completion(one) for one in ended]
+    for first_beyond in range(0, len(beyond), rows):
+        part = beyond[first_beyond : first_beyond + rows]
+        limits = [len(one.row.prompt) + (request.max_new_tokens or SLIDE_NEW_TOKENS) for one in part]
+        yield [_completion(one) for one in slide(config, rules, part, params=params, limits=limits)]
 
 
-def _rows(prompts: Sequence[np.ndarray], request: GenerationRequest) -> list[_Row]:
-    root = jax.random.key(request.seed)
-    seen: dict[bytes, int] = {}
-    identities = []
-    for index, prompt in enumerate(prompts):
-        content = np.asarray(prompt, "<u2").tobytes()
-        occurrence = seen[content] = seen.get(content, -1) + 1
-        identities += [
-            (index, sample, zlib.crc32(content), occurrence) for sample in range(request.num_samples)
-        ]
-    if not identities:
-        return []
-
-    def row_key(content: jax.Array, occurrence: jax.Array, sample: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(root, content), occurrence)
-        return jax.random.fold_in(key, sample)
-
-    columns = np.array(identities, np.uint32)
-    keys = jax.vmap(row_key)(*jnp.asarray(columns[:, [2, 3, 1]].T))
-    # On the host: rows of a device array, taken one by one, cost a quarter of a millisecond each.
-    on_host = np.asarray(jax.random.key_data(keys))
-    return [_Row(i, s, np.asarray(prompts[i]), on_host[n]) for n, (i, s, _, _) in enumerate(identities)]
+def default_batch_size() -> int:
+    """Rows decoded together unless told: enough to fill the platform's arithmetic."""
+    return 64 if jax.default_backend() == "cpu" else 512
 
 
-def _complete(
-    config: ModelConfig,
-    params: dict,
-    batch: Sequence[_Row],
-    batch_size: int,
-    *,
-    newline_id: int,
-    request: GenerationRequest,
-) -> DecodeState:
-    """Decode one batch; a last, smaller one is filled with rows that have nothing to do, to keep its shape."""
-    filled = [*batch, *[batch[0]] * (batch_size - len(batch))]
-    lengths = np.array([len(row.prompt) for row in filled], np.int32)
-    wanted = request.max_new_tokens
-    if wanted is None:
-        wanted = SLIDE_NEW_TOKENS if request.overflow == "slide" else config.block_size
-    # The token that follows a full context can still be drawn.
-    in_context = np.minimum(lengths + wanted, config.block_size + 1)
-    in_context[len(batch) :] = 0
-    width = bucket_size(int(lengths.max()), config.block_size)
-    prompts = np.zeros((batch_size, width), np.int32)
-    for place, row in zip(prompts, filled, strict=True):
-        place[: len(row.prompt)] = row.prompt
-    state = prefill(
-        config,
-        request.method,
-        newline_id,
-        bucket_size(width + 1, config.block_size),
-        params=params,
-        prompts=prompts,
-        lengths=lengths,
-        limit=in_context,
-        keys=jax.random.wrap_key_data(jnp.asarray(np.stack([row.key for row in filled]))),
-    )
-    state = decode(config, request.method, newline_id, params=params, state=state)
-    while bool(state.active.any()):
-        state = grow(state, bucket_size(state.cache.size + 1, config.block_size))
-        state = decode(config, request.method, newline_id, params=params, state=state)
+def _rules(request: GenerationRequest, newline_id: int) -> Rules:
+    if request.constrain is None:
+        return Rules(request.method, newline_id)
     if request.overflow == "slide":
-        limit = np.where(in_context > 0, lengths + wanted, 0)
-        room = [(0, 0), (0, max(0, int(limit.max()) - state.tokens.shape[1]))]
-        state = replace(state, limit=jnp.asarray(limit), tokens=jnp.pad(state.tokens, room))
-        state = slide(config, request.method, newline_id, params=params, state=state)
-    return state
+        raise SamplingError("constrain does not go with overflow=slide: what is forced must fit the context")
+    return Rules(request.method, newline_id, Automaton(request.constrain), request.jump_from)
 
 
-def _completions(batch: Sequence[_Row], state: DecodeState) -> list[Completion]:
-    tokens, length, log_prob, finished = jax.device_get(
-        (state.tokens, state.length, state.log_prob, state.finished)
-    )
-    return [
-        Completion(
-            prompt_index=row.prompt_index,
-            sample_index=row.sample_index,
-            token_ids=tuple(tokens[n, : length[n]].tolist()),
-            log_prob=float(log_prob[n]),
-            finished=bool(finished[n]),
+def _rows(
+    wanted: Sequence[Wanted],
+    *,
+    config: ModelConfig,
+    prompts: Sequence[np.ndarray],
+    keys: PromptKeys,
+    request: GenerationRequest,
+) -> list[Row]:
+    rows = []
+    for one, key in zip(wanted, keys.of(wanted), strict=True):
+        prompt = np.asarray(prompts[one.prompt_index], np.int32)
+        new = one.max_new_tokens or request.max_new_tokens or config.block_size
+        # The token that follows a full context can still be drawn.
+        rows.append(
+            Row(
+                (one.prompt_index, one.sample_index),
+                prompt,
+                key,
+                min(len(prompt) + new, config.block_size + 1),
+            )
         )
-        for n, row in enumerate(batch)
-    ]
+    return rows
+
+
+def _goes_beyond(ended: Ended, config: ModelConfig) -> bool:
+    return not ended.finished and len(ended.tokens) > config.block_size
+
+
+def _completion(ended: Ended) -> Completion:
+    return Completion(
+        *ended.row.name,
+        token_ids=tuple(ended.tokens.tolist()),
+        log_prob=ended.log_prob,
+        finished=ended.finished,
+        seconds=ended.seconds,
+    )

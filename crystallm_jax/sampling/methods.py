@@ -41,10 +41,20 @@ class SamplingMethod:
 def filtered_logits(method: SamplingMethod, logits: jax.Array) -> jax.Array:
     """Logits [..., V] over the temperature, minus infinity where a token cannot be drawn."""
     logits = logits / method.temperature
-    if method.top_k is None or method.top_k >= logits.shape[-1]:
-        return logits
-    kth = jax.lax.top_k(logits, method.top_k)[0][..., -1:]
-    return jnp.where(logits < kth, -jnp.inf, logits)
+    if method.excluded:
+        barred = jnp.zeros(logits.shape[-1], bool).at[jnp.array(method.excluded)].set(True)
+        logits = jnp.where(barred, -jnp.inf, logits)
+    if method.top_k is not None and method.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, method.top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if method.top_p is not None and method.top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        shares = jax.nn.softmax(descending)
+        # Kept as long as what is more likely does not add up to top_p yet: the first always is.
+        kept = jnp.cumsum(shares, axis=-1) - shares < method.top_p
+        least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
 
 
 def draw(method: SamplingMethod, logits: jax.Array, keys: jax.Array) -> jax.Array:
@@ -53,5 +63,6 @@ def draw(method: SamplingMethod, logits: jax.Array, keys: jax.Array) -> jax.Arra
     Greedy takes the first of the most likely tokens, so that ties do not hang on the key.
     """
     if method.top_k == 1:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        greedy = SamplingMethod(excluded=method.excluded, top_k=None)
+        return jnp.argmax(filtered_logits(greedy, logits), axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, filtered_logits(method, logits)).astype(jnp.int32)

@@ -57,4 +57,3 @@ class EverySample:
     def wait(self) -> bool:
         """Nothing comes later: False."""
         return False
-

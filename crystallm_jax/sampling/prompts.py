@@ -1,20 +1,21 @@
-"""Prompts and their names, from a composition, a formula, a file or a prepared folder."""
+"""Prompts and their names, from compositions and formulas; and which of them are left out."""
 
-import csv
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from crystallm_jax.cif import UNCONDITIONAL_PROMPT, CIFError, make_prompt, prompt_from_cif
-from crystallm_jax.cif.formula import cell_formula, parse_formula
-from crystallm_jax.data.store import SPLITS, TokenStore
+from crystallm_jax.cif import SPACEGROUPS, UNCONDITIONAL_PROMPT, find_spacegroup, make_prompt
+from crystallm_jax.cif.formula import cell_formula, check_element, parse_formula
+from crystallm_jax.cif.occupations import compatible_spacegroups
+from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.errors import SamplingError
 
-# The split that prompts are taken from, the held-out ones first.
-_SPLIT_ORDER = tuple(reversed(SPLITS))
+COMPATIBLE = "compatible"
+"""Stands for all space groups whose Wyckoff positions can hold a composition."""
+
 # File systems take 255 bytes; the number of the sample and an ending follow.
 _LONGEST_NAME = 200
+_COMPOSITION = re.compile(r"data_([^\n]*)(\n?)")
 
 
 class Prompt(NamedTuple):
@@ -47,51 +48,69 @@ def composition_prompt(composition: str, spacegroup: str | None = None) -> Promp
     return Prompt(name if spacegroup is None else f"{name}_{spacegroup}", text)
 
 
+def composition_prompts(composition: str, spacegroup: str | None = None) -> list[Prompt]:
+    """A prompt for the whole cell's composition in each of the space groups.
+
+    Args:
+        composition: of the cell.
+        spacegroup: a symbol or number, several separated by commas, or `compatible`.
+
+    Raises:
+        CIFError: a composition or space group that the vocabulary cannot express.
+        SamplingError: a space group named twice.
+    """
+    groups = wanted_spacegroups(parse_formula(composition), spacegroup)
+    return [composition_prompt(composition, group) for group in groups]
+
+
 def formula_prompts(formula: str, z: Sequence[int], spacegroup: str | None = None) -> list[Prompt]:
-    """A prompt for each number of formula units in the cell.
+    """A prompt for each number of formula units in the cell, in each of the space groups.
+
+    Args:
+        formula: a formula unit.
+        z: numbers of them in a cell.
+        spacegroup: a symbol or number, several separated by commas, or `compatible`.
 
     Raises:
         CIFError: a formula or space group that the vocabulary cannot express.
-        SamplingError: a number below 1.
+        SamplingError: a number below 1, a number or space group named twice.
     """
     if not z or min(z) < 1:
         raise SamplingError(f"z={','.join(map(str, z))}: numbers of formula units start at 1")
+    if len(set(z)) < len(z):
+        raise SamplingError(f"z={','.join(map(str, z))}: one of them stands there twice")
     counts = parse_formula(formula)
-    cells = ["".join(f"{symbol}{n * count}" for symbol, count in counts.items()) for n in z]
-    return [composition_prompt(cell, spacegroup) for cell in cells]
+    return [
+        prompt
+        for units in z
+        for prompt in composition_prompts(cell_formula(cell_counts(counts, units)), spacegroup)
+    ]
 
 
-def read_prompts(path: str | Path, *, with_spacegroup: bool = False) -> list[Prompt]:
-    """Prompts from a file or a prepared folder.
+def cell_counts(counts: Mapping[str, int], units: int) -> dict[str, int]:
+    """The counts of a cell of so many formula units."""
+    return {symbol: units * count for symbol, count in counts.items()}
+
+
+def wanted_spacegroups(counts: Mapping[str, int], spacegroup: str | None) -> list[str | None]:
+    """The space groups to ask for; None, which leaves it to the model, where none is named.
 
     Args:
-        path: a `.csv` with a column `composition` and, if wanted, `spacegroup` and `id`; a text file of a composition
-            and, if wanted, a space group a line; or a folder made by `crystallm prepare`, whose test records (else
-            validation, else training) are asked for by their composition.
-        with_spacegroup: for a prepared folder, ask for the records' space groups too.
+        counts: of the cell.
+        spacegroup: a symbol or number, several separated by commas, or `compatible`.
 
     Raises:
-        SamplingError: nothing there, no prompt in it, or one that cannot be made, with its line.
+        CIFError: one that the vocabulary cannot express.
+        SamplingError: one named twice.
     """
-    path = Path(path)
-    if path.is_dir():
-        prompts = _from_store(path, with_spacegroup)
-    elif not path.is_file():
-        raise SamplingError(f"{path}: no such file of prompts")
-    else:
-        try:
-            prompts = list(_from_csv(path) if path.suffix == ".csv" else _from_lines(path))
-        except UnicodeDecodeError:
-            raise SamplingError(
-                f"{path}: not a text file; prompts are a composition a line, or a CSV"
-            ) from None
-        except OSError as error:
-            raise SamplingError(f"{path}: cannot be read: {error.strerror}") from None
-        except csv.Error as error:
-            raise SamplingError(f"{path}: no valid CSV ({error}): check its quotes") from None
-    if not prompts:
-        raise SamplingError(f"{path}: holds no prompt")
-    return prompts
+    if spacegroup is None:
+        return [None]
+    if spacegroup.strip() == COMPATIBLE:
+        return [symbol for symbol in compatible_spacegroups(counts) if symbol in SPACEGROUPS]
+    given = [part.strip() for part in spacegroup.split(",")]
+    if len({find_spacegroup(part) for part in given}) < len(given):
+        raise SamplingError(f"space groups {spacegroup}: one of them stands there twice")
+    return list(given)
 
 
 def unique_ids(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -105,46 +124,73 @@ def unique_ids(prompts: Sequence[Prompt]) -> list[Prompt]:
             number += 1
             name = f"{base}-{number}"
         seen.add(name.lower())
-        renamed.append(Prompt(name, prompt.text))
+        renamed.append(prompt._replace(id=name))
     return renamed
 
 
-def _from_store(folder: Path, with_spacegroup: bool) -> list[Prompt]:
-    split = next((name for name in _SPLIT_ORDER if (folder / f"{name}.bin").is_file()), SPLITS[0])
-    store = TokenStore.open(folder, split)
-    return [
-        Prompt(name, prompt_from_cif(store.text(i), with_spacegroup=with_spacegroup))
-        for i, name in enumerate(store.ids)
-    ]
+def prompt_counts(prompt: Prompt) -> dict[str, int] | None:
+    """The counts of the cell that a prompt asks for; None where the model is to write or go on with them.
+
+    Raises:
+        CIFError: what stands behind `data_` is no composition.
+    """
+    match = _COMPOSITION.match(prompt.text)
+    return parse_formula(match[1]) if match and match[2] else None
 
 
-def _from_csv(path: Path) -> Iterator[Prompt]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, strict=True)
-        if "composition" not in (rows.fieldnames or []):
-            columns = ", ".join(repr(name[:40]) for name in (rows.fieldnames or [])[:12]) or "none"
-            raise SamplingError(f"{path}: no column 'composition'; the columns are {columns}")
-        for row in rows:
-            yield _prompt(path, rows.line_num, row["composition"], row.get("spacegroup"), row.get("id"))
+def prompt_elements(prompt: Prompt) -> frozenset[str]:
+    """The elements that a prompt names.
+
+    Raises:
+        CIFError: what stands behind `data_` is no composition.
+    """
+    match = _COMPOSITION.match(prompt.text)
+    return frozenset(parse_formula(match[1]) if match and match[1] else ())
 
 
-def _from_lines(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        words = line.split("#", 1)[0].split()
-        if not words:
-            continue
-        if len(words) > 2:
+def without_elements(prompts: Sequence[Prompt], symbols: Sequence[str]) -> list[Prompt]:
+    """The prompts that ask for none of these elements.
+
+    Raises:
+        SamplingError: none is left.
+    """
+    kept = [prompt for prompt in prompts if not prompt_elements(prompt).intersection(symbols)]
+    if prompts and not kept:
+        raise SamplingError(
+            f"excluded elements {','.join(symbols)}: each of the {len(prompts):,} prompts has one of them"
+        )
+    return kept
+
+
+def within_sites(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """The prompts whose cells hold at most so many atoms.
+
+    Raises:
+        SamplingError: none is left, or one that leaves the composition to the model.
+    """
+    kept, least = [], None
+    for prompt in prompts:
+        counts = prompt_counts(prompt)
+        if counts is None:
             raise SamplingError(
-                f"{path}:{number}: {line.strip()[:60]!r}: expected a composition and at most a space group"
+                f"at most {most} sites: cannot be honoured for the prompt {prompt.id!r}, which leaves the"
+                " composition to the model; state one"
             )
-        yield _prompt(path, number, words[0], words[1] if len(words) > 1 else None, None)
+        atoms = sum(counts.values())
+        least = atoms if least is None else min(least, atoms)
+        if atoms <= most:
+            kept.append(prompt)
+    if prompts and not kept:
+        raise SamplingError(f"at most {most} sites: the smallest cell asked for has {least} atoms")
+    return kept
 
 
-def _prompt(
-    path: Path, line: int, composition: str | None, spacegroup: str | None, name: str | None
-) -> Prompt:
-    try:
-        prompt = composition_prompt((composition or "").strip(), (spacegroup or "").strip() or None)
-    except CIFError as error:
-        raise SamplingError(f"{path}:{line}: {error}") from None
-    return Prompt(name.strip(), prompt.text) if name and name.strip() else prompt
+def excluded_ids(symbols: Sequence[str]) -> tuple[int, ...]:
+    """The tokens of elements, which are never to be drawn.
+
+    Raises:
+        CIFError: an element that the vocabulary lacks.
+    """
+    for symbol in symbols:
+        check_element(symbol)
+    return tuple(TOKENS.index(symbol) for symbol in symbols)

@@ -1,0 +1,265 @@
+"""What constraints and jumping ahead cost and gain with a trained model, and how many valid structures come a second.
+
+    python benchmarks/sampling_trained.py [--model default] [--constrain none,syntax,composition,symmetry] [--valid]
+    python benchmarks/sampling_trained.py --prompts FILE --num-samples 4 --jump 16,8,none --rounds 5
+
+The same prompts and seeds are sampled without and with each constraint, with and without jumping ahead over forced
+tokens, in turns; a first run of each, which compiles, does not count. Rates are medians over the rounds, of generated
+tokens (forced ones too) and of structures that came to their end. With `--valid` the texts go to the validator's
+processes while the model goes on, and the time ends with the last verdict: `valid structures/s` is of that time, the
+other columns of sampling alone. Times of one structure differ between levels, for the texts do.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from sampling_jax import CompileClock
+from train_step import listed, write
+
+from crystallm_jax.api import CrystalModel, Sample, load_model
+from crystallm_jax.cif import make_prompt
+from crystallm_jax.errors import CrystallmError
+from crystallm_jax.evaluation import ValidatorPool
+from crystallm_jax.sampling.generate import GenerationRequest
+from crystallm_jax.sampling.prompt_files import read_prompts
+
+LEVELS = ("none", "syntax", "composition", "symmetry")
+# One of each of the common families: halides, oxides, intermetallics, semiconductors, a few with four elements.
+COMPOSITIONS = (
+    "Na4Cl4",
+    "Cs1Pb1Br3",
+    "Ca4F8",
+    "Mg4O4",
+    "Ti2O4",
+    "Sr1Ti1O3",
+    "Mg8Al16O32",
+    "Li4Co4O8",
+    "Ga4As4",
+    "Zn2S2",
+    "Mo2S4",
+    "Bi6Te9",
+    "Ni4Al12",
+    "Fe2B2",
+    "K2Na1Al1F6",
+    "Li4Fe4P4O16",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to sample.
+
+    Attributes:
+        constrain: level, or `none`.
+        jump_from: shortest run of forced tokens that is read at once, or `none`.
+    """
+
+    constrain: str
+    jump_from: str
+
+    def request(self, *, num_samples: int, batch_size: int, seed: int) -> GenerationRequest:
+        """As the model is asked."""
+        return GenerationRequest(
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+            constrain=None if self.constrain == "none" else self.constrain,  # type: ignore[arg-type]
+            jump_from=None if self.jump_from == "none" else int(self.jump_from),
+        )
+
+
+def settings_of(levels: Sequence[str], jumps: Sequence[str]) -> list[Setting]:
+    """Every level with every way to jump; without a constraint nothing is forced, so that there is one way."""
+    return [Setting(level, jump) for level in levels for jump in (jumps if level != "none" else ("none",))]
+
+
+def run(
+    model: CrystalModel,
+    prompts: Sequence[str],
+    request: GenerationRequest,
+    judge: Callable[[Sample], Any] | None,
+) -> dict[str, float]:
+    """Sample all once: tokens, structures that came to their end, valid ones, and seconds."""
+    given = [len(model.tokenizer.encode_cif(prompt)) for prompt in prompts]
+    tokens = finished = samples = 0
+    verdicts = []
+    begun = time.perf_counter()
+    for batch in model.generate_batches(prompts, request):
+        for sample in batch:
+            samples += 1
+            tokens += len(sample.token_ids) - given[sample.prompt_index]
+            finished += sample.finished
+            if judge is not None:
+                verdicts.append(judge(sample))
+    found = {
+        "samples": samples,
+        "tokens": tokens,
+        "finished": finished,
+        "seconds": time.perf_counter() - begun,
+    }
+    if judge is not None:
+        found["valid"] = sum(verdict.result().valid for verdict in verdicts)
+        found["seconds_with_verdicts"] = time.perf_counter() - begun
+    return found
+
+
+def reduced(
+    setting: Setting, runs: Sequence[dict[str, float]], compile_s: float, late: int
+) -> dict[str, Any]:
+    """A row of the report from a setting's runs."""
+
+    def median(amount: str, seconds: str) -> float:
+        return statistics.median(one[amount] / one[seconds] for one in runs)
+
+    row: dict[str, Any] = {
+        "constrain": setting.constrain,
+        "jump_from": setting.jump_from,
+        "tokens_per_s": median("tokens", "seconds"),
+        "finished_per_s": median("finished", "seconds"),
+        "finished": sum(one["finished"] for one in runs) / sum(one["samples"] for one in runs),
+        "tokens_per_sample": sum(one["tokens"] for one in runs) / sum(one["samples"] for one in runs),
+        "compile_s": compile_s,
+        "compilations_in_runs": late,
+        "runs": list(runs),
+    }
+    if "valid" in runs[0]:
+        row["valid"] = sum(one["valid"] for one in runs) / sum(one["samples"] for one in runs)
+        row["valid_per_s"] = median("valid", "seconds_with_verdicts")
+    return row
+
+
+def measure(
+    model: CrystalModel,
+    prompts: Sequence[str],
+    ways: Sequence[Setting],
+    *,
+    options: argparse.Namespace,
+    judge: Callable[[Sample], Any] | None,
+) -> list[dict[str, Any]]:
+    """Warm up, then sample in turns; the seeds are those of the rounds, the same for every way."""
+    clock = CompileClock()
+    runs: dict[Setting, list[dict[str, float]]] = {way: [] for way in ways}
+    compile_s, late = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
+    for turn in range(options.rounds + 1):
+        for way in ways:
+            seconds, compilations = clock.seconds, clock.compilations
+            request = way.request(
+                num_samples=options.num_samples,
+                batch_size=options.batch_size,
+                seed=max(turn - 1, 0) + options.seed,
+            )
+            found = run(model, prompts, request, judge)
+            if turn == 0:
+                compile_s[way] = clock.seconds - seconds
+            else:
+                runs[way].append(found)
+                late[way] += clock.compilations - compilations
+    return [reduced(way, runs[way], compile_s[way], late[way]) for way in ways]
+
+
+def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to every row its rate over that of the first, and over the same constraint's without jumping ahead."""
+    unjumped = {row["constrain"]: row for row in rows if row["jump_from"] == "none"}
+    for row in rows:
+        row["times_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        if row["constrain"] in unjumped:
+            row["times_unjumped"] = row["tokens_per_s"] / unjumped[row["constrain"]]["tokens_per_s"]
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    unjumped = f"{row['times_unjumped']:.2f}" if "times_unjumped" in row else ""
+    valid = f"{row['valid']:8.1%} {row['valid_per_s']:8.2f}" if "valid" in row else f"{'':8} {'':8}"
+    late = "" if not row["compilations_in_runs"] else f" +{row['compilations_in_runs']} in runs"
+    return (
+        f"{row['constrain']:12}{row['jump_from']:>5} {row['tokens_per_s']:9,.0f} {row['times_first']:8.2f}"
+        f" {unjumped:>11}"
+        f" {row['tokens_per_sample']:13.0f} {row['finished']:8.1%} {row['finished_per_s']:10.2f} {valid}"
+        f" {row['compile_s']:6.1f} s{late}"
+    )
+
+
+HEAD = "constrain    jump  tokens/s  × first  × unjumped tokens/sample finished finished/s    valid  valid/s  compile"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="default", help="name, folder or checkpoint (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(%(default)s)")
+    parser.add_argument("--prompts", type=Path, help="CSV, text or prepared folder (16 common compositions)")
+    parser.add_argument("--limit", type=int, help="take so many of the prompts, from the first")
+    parser.add_argument("--num-samples", type=int, default=4, help="samples a prompt (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows decoded together (%(default)s)")
+    parser.add_argument(
+        "--constrain", type=listed(str), default=LEVELS, help=f"of {','.join(LEVELS)}, by commas (all)"
+    )
+    parser.add_argument(
+        "--jump", type=listed(str), default=("16", "none"), help="shortest runs to jump over (16,none)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="counted runs of each (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round (%(default)s)")
+    parser.add_argument(
+        "--valid", action="store_true", help="validate what is sampled, behind the model's back"
+    )
+    parser.add_argument("--workers", type=int, help="processes that validate (one a core)")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmark_sampling_trained.json"), help="JSON")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, print a table and write JSON."""
+    options = parse()
+    if not set(options.constrain) <= set(LEVELS):
+        print(f"--constrain {','.join(options.constrain)}: there are {', '.join(LEVELS)}", file=sys.stderr)
+        return 2
+    try:
+        found = [prompt.text for prompt in read_prompts(options.prompts)] if options.prompts else None
+        prompts = (found or [make_prompt(composition) for composition in COMPOSITIONS])[: options.limit]
+        model = load_model(options.model, dtype=options.dtype)
+        ways = settings_of(options.constrain, options.jump)
+        if options.valid:
+            with ValidatorPool(options.workers) as pool:
+                rows = measure(
+                    model, prompts, ways, options=options, judge=lambda sample: pool.submit(sample.cif)
+                )
+        else:
+            rows = measure(model, prompts, ways, options=options, judge=None)
+    except CrystallmError as error:
+        print(f"benchmarks/sampling_trained.py: {error}", file=sys.stderr)
+        return 1
+    add_ratios(rows)
+    device = jax.devices()[0].device_kind
+    print(
+        f"{device}, {os.cpu_count()} cores; {model.name}, {model.num_params:,} parameters, {options.dtype};"
+        f" {len(prompts)} prompts × {options.num_samples}, batch {options.batch_size}, {options.rounds} rounds\n{HEAD}"
+    )
+    print("\n".join(line_of(row) for row in rows))
+    report = {
+        "device": device,
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pymatgen")},
+        "parameters": model.num_params,
+        "settings": {name: value if value is None else str(value) for name, value in vars(options).items()},
+        "prompts": prompts,
+        "rows": rows,
+    }
+    write(options.out, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

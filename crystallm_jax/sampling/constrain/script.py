@@ -1,0 +1,47 @@
+"""The script of a row: pieces of text that are forced, and between them what the model writes by itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crystallm_jax.sampling.constrain.automaton import Automaton
+from crystallm_jax.sampling.constrain.nodes import DECIMALS, DIGITS, POINT, Node
+from crystallm_jax.sampling.constrain.state import SCRIPT_TOKENS, AutomatonState
+
+_TENS = 10 ** np.arange(10, dtype=np.int32)
+
+
+def run_length(automaton: Automaton, state: AutomatonState) -> jax.Array:
+    """Int32 [B]: forced tokens that lie ahead; 0 where a choice is free, or the row waits or is done."""
+    del automaton
+    return jnp.where(state.node == Node.SCRIPT, script_end(state) - state.place, 0)
+
+
+def run_tokens(automaton: Automaton, state: AutomatonState, count: int) -> jax.Array:
+    """Int32 [B, count]: the next tokens of the script; anything beyond the run's end."""
+    del automaton
+    place = state.place[:, None] + np.arange(count)
+    extra = state.edge_digits[:, None] + DECIMALS  # tokens of a repeated length, but for one
+    first, second = state.repeats[:, :1], state.repeats[:, 1:] + extra
+    in_first, in_second = place - first, place - second
+    slot = place - jnp.where(in_first > 0, jnp.minimum(in_first, extra), 0)
+    slot -= jnp.where(in_second > 0, jnp.minimum(in_second, extra), 0)
+    scripted = jnp.take_along_axis(state.script, jnp.clip(slot, 0, SCRIPT_TOKENS - 1), axis=1)
+    into = jnp.where(in_second >= 0, in_second, in_first)
+    repeated = (into >= 0) & (into <= extra)
+    return jnp.where(repeated, _edge_token(state, into), scripted)
+
+
+def script_end(state: AutomatonState) -> jax.Array:
+    """Int32 [B]: the place at which the script leads into the next field."""
+    end = jnp.take_along_axis(state.ends, state.field[:, None], axis=1)
+    repeats = jnp.sum(state.repeats < end, axis=1)
+    return end[:, 0] + repeats * (state.edge_digits + DECIMALS)
+
+
+def _edge_token(state: AutomatonState, place: jax.Array) -> jax.Array:
+    """The token at a place [B, N] of the first cell length as it is written."""
+    whole = state.edge_digits[:, None]
+    behind = whole + DECIMALS - place - (place < whole)
+    digit = state.edge[:, None] // jnp.asarray(_TENS)[jnp.clip(behind, 0, 9)] % 10
+    return jnp.where(place == whole, POINT, jnp.asarray(np.array(DIGITS, np.int32))[digit])
