@@ -19,8 +19,8 @@ from crystallm_jax.model import GPT, ModelConfig, count_params, init_params
 from crystallm_jax.model.config import DType
 from crystallm_jax.sampling.constrain import Level
 from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
-from crystallm_jax.sampling.orders import Orders
 from crystallm_jax.sampling.methods import SamplingMethod
+from crystallm_jax.sampling.orders import Orders
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
 
@@ -228,4 +228,4 @@ def new_model(config: str | Path | ModelConfig, seed: int = 0) -> CrystalModel:
 
 @partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: dict, tokens: jax.Array) -> jax.Array:
-    return GPT(config).apply({"params": params}, tokens)[0]
+    return GPT(config).apply({"params": params}, tokens)

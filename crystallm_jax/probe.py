@@ -92,7 +92,15 @@ class ValidityProbe:
         )
         newline_id = self._tokenizer.token_to_id["\n"]
         verdicts, finished = [], 0
-        for batch in generate(config, params, self._prompts, newline_id=newline_id, request=self._request):
+        batches = generate(
+            config,
+            params,
+            self._prompts,
+            newline_id=newline_id,
+            request=self._request,
+            devices=jax.local_devices()[:1],
+        )
+        for batch in batches:
             finished += sum(completion.finished for completion in batch)
             # Judged while the device goes on with the next batch.
             verdicts += [self._pool.submit(self._tokenizer.decode(item.token_ids)) for item in batch]

@@ -393,8 +393,10 @@ def test_the_decode_step_compiles_for_one_chip(placed: Slice) -> None:
     kernels = CONFIG.n_layer * 12 * CONFIG.n_embd**2 + VOCABULARY * CONFIG.n_embd
     assert report.costs.flops == pytest.approx(2 * 16 * kernels, rel=0.02)
     assert report.costs.unknown_loops == 0
-    cache = 2 * CONFIG.n_layer * 16 * CONFIG.block_size * CONFIG.n_embd * 2
-    assert cache < report.memory.peak
+    # Pages for half a context of each row, which stay where and as they are.
+    pages = 2 * CONFIG.n_layer * 16 * (CONFIG.block_size // 2) * CONFIG.n_embd * 2
+    assert pages < report.memory.arguments
+    assert report.memory.temporaries + report.memory.outputs < pages
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ _cell_angle_alpha (?P<alpha>{NUMBER})
 _cell_angle_beta (?P<beta>{NUMBER})
 _cell_angle_gamma (?P<gamma>{NUMBER})
 _symmetry_Int_Tables_number (?P<number>[1-9]\d*)
-_chemical_formula_structural (?P<structural>[A-Za-z0-9()]+)
-_chemical_formula_sum (?P<sum>[A-Z][a-z]?\d+|'[A-Z][a-z]?\d+(?: [A-Z][a-z]?\d+)*')
+_chemical_formula_structural[ \n](?P<structural>[A-Za-z0-9()]+)
+_chemical_formula_sum[ \n](?P<sum>[A-Z][a-z]?\d+|'[A-Z][a-z]?\d+(?: [A-Z][a-z]?\d+)*')
 _cell_volume (?P<volume>{NUMBER})
 _cell_formula_units_Z (?P<units>\d+)
 loop_
@@ -89,6 +89,30 @@ _atom_site_occupancy
 )
 COORDINATE = r"(?:0\.\d{4}|1\.0000|-0\.0000)"
 SITE = re.compile(rf"([A-Z][a-z]?) \1(\d+) ([1-9]\d*) ({COORDINATE}) ({COORDINATE}) ({COORDINATE}) 1\.0")
+
+
+# From behind the space group of P222 on.
+_BODY = """{head}_cell_angle_alpha 90.0000
+_cell_angle_beta 90.0000
+_cell_angle_gamma 90.0000
+_symmetry_Int_Tables_number 16
+_chemical_formula_structural Na13Cl
+_chemical_formula_sum 'Na52 Cl4'
+_cell_volume 125.0000
+_cell_formula_units_Z 4
+loop_
+_symmetry_equiv_pos_site_id
+_symmetry_equiv_pos_as_xyz
+1 'x, y, z'
+loop_
+_atom_site_type_symbol
+_atom_site_label
+_atom_site_symmetry_multiplicity
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+_atom_site_occupancy
+{rows}"""
 
 
 class Play(NamedTuple):
@@ -366,6 +390,44 @@ def test_skipping_a_run_is_reading_it() -> None:
         half = run // 2
         twice = _skip(automaton, _skip(automaton, at_run, jnp.asarray(half)), jnp.asarray(run - half))
         jax.tree.map(np.testing.assert_array_equal, read, twice)
+
+
+@pytest.mark.parametrize("level", ["syntax", "symmetry"])
+def test_skipping_to_the_next_multiplicity_is_reading_it(level: str) -> None:
+    automaton = Automaton(level)
+    text = "Na Na{} 4 0.1000 0.2000 0.{:04} 1.0\n"
+    prompt = make_prompt("Na52Cl4", "P222")
+    rows = "".join(text.format(n, n) for n in range(13)) + "Cl Cl13 4 0.3000 0.2000 0.1000 1.0\n\n"
+    head = "_cell_length_a 5.0000\n_cell_length_b 5.0000\n_cell_length_c 5.0000\n"
+    plan = automaton.plan(_tokenizer().encode_cif(prompt), limit=LIMIT)
+    body = _BODY.format(head=head, rows=rows)
+    ids = _tokenizer().encode_cif(body)[len(plan.forced) :]
+    state = _batch([plan])
+    # Each row stops at another token of the row whose label has two digits, or of the last.
+    ends = np.array(
+        [
+            len(_tokenizer().encode_cif(body.split(mark)[0])) - len(plan.forced)
+            for mark in ("Na Na10", "Cl Cl13", "Cl Cl13 4")
+        ]
+    )
+    stop = ends[np.arange(ROWS) % 3] + np.arange(ROWS) // 3 - 5 + 30 * (np.arange(ROWS) % 3 == 2)
+    whole = np.full((ROWS, -(-len(ids) // STEPS) * STEPS), -1)
+    whole[:, : len(ids)] = ids
+    for first in range(0, whole.shape[1], STEPS):
+        played = _play(
+            automaton, state, given=whole[:, first : first + STEPS], stop=np.clip(stop - first, 0, STEPS)
+        )
+        assert (played.in_mask | ~played.live).all()
+        state = played.state
+    run = np.asarray(_run_length(automaton, state))
+    tokens = np.asarray(_run_tokens(automaton, state, STEPS))
+    for count in (run, run // 2, np.minimum(run, 1)):
+        read = _play(automaton, state, given=tokens, stop=count).state
+        skipped = _skip(automaton, state, jnp.asarray(count))
+        jax.tree.map(np.testing.assert_array_equal, read, skipped)
+    assert run.max() >= (5 if level == "syntax" else 11)
+    for b in np.flatnonzero(run):
+        assert tokens[b, : run[b]].tolist() == whole[b, stop[b] : stop[b] + run[b]].tolist()
 
 
 def test_rows_that_are_idle_stay_so() -> None:

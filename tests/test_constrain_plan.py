@@ -35,10 +35,23 @@ def test_the_level_syntax_forces_no_more_than_what_all_files_have() -> None:
 
 
 def test_the_line_of_the_space_group_may_be_ended_or_not() -> None:
+    ids = TOKENIZER.encode_cif(make_prompt("Na4Cl4", "Fm-3m"))
+    automaton = Automaton("symmetry")
+    assert TOKENIZER.decode(automaton.plan(ids, limit=1024).forced) == "_cell_length_a "
+    assert TOKENIZER.decode(automaton.plan(ids[:-1], limit=1024).forced) == "\n_cell_length_a "
+
+
+@pytest.mark.parametrize("level", ["composition", "symmetry"])
+def test_a_property_block_of_other_elements_is_refused(level: str) -> None:
     prompt = make_prompt("Na4Cl4", "Fm-3m")
-    ended, open_ = _plan("symmetry", prompt), _plan("symmetry", prompt.removesuffix("\n"))
-    assert TOKENIZER.decode(ended.forced) == "_cell_length_a "
-    assert TOKENIZER.decode(open_.forced) == "\n_cell_length_a "
+    with pytest.raises(SamplingError, match="properties of Na, Br, not of Na4Cl4"):
+        _plan(level, prompt.replace("Cl  3", "Br  3"))
+    _plan("syntax", prompt.replace("Cl  3", "Br  3"))
+    # A last column, as of oxidation states, is the prompt's own affair.
+    with_states = prompt.replace("1.1600\n", "1.1600 1\n").replace(
+        "ionic_radius\n", "ionic_radius\n_atom_type_oxidation_number\n"
+    )
+    assert TOKENIZER.decode(_plan(level, with_states).forced) == "_cell_length_a "
 
 
 def test_the_groups_that_may_be_drawn_are_those_that_hold_the_composition() -> None:

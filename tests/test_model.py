@@ -1,4 +1,4 @@
-"""The transformer: its numbers, its cache, its dropout, its beginning."""
+"""The transformer: its numbers, its dropout, its beginning."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ import pytest
 
 from crystallm_jax.convert import read_published
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.model import GPT, ModelConfig, grow_cache, init_cache, init_params
-from crystallm_jax.model.attention import cached_attention, causal_attention, check_platform, choose_backend
+from crystallm_jax.model import GPT, ModelConfig, init_params
+from crystallm_jax.model.attention import causal_attention, check_platform, choose_backend
 from crystallm_jax.model.layout import stacked, unstacked
 from crystallm_jax.model.linear import linear, lookup
 from crystallm_jax.model.splash import splash_causal_attention
@@ -27,12 +27,7 @@ LOGIT_TOLERANCE = 1e-5
 
 @partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
-    return GPT(config).apply({"params": params}, tokens)[0]
-
-
-@partial(jax.jit, static_argnums=0)
-def _continue(config: ModelConfig, params: Any, tokens: jax.Array, cache: Any) -> Any:
-    return GPT(config).apply({"params": params}, tokens, cache=cache)
+    return GPT(config).apply({"params": params}, tokens)
 
 
 def _random_params(config: ModelConfig, seed: int) -> Any:
@@ -121,48 +116,15 @@ def test_logits_are_the_published_ones(name: str, golden: Path) -> None:
     )
 
 
-def test_steps_with_a_cache_give_the_logits_of_the_full_pass(
-    models: dict[ModelConfig, Any], tokens: np.ndarray
-) -> None:
-    params, rows = models[BIASED], tokens[:3]
-    full = np.asarray(_reference_logits(BIASED, params, rows))
-    lengths = np.array([12, 5, 9])
-    logits, cache = _continue(BIASED, params, rows[:, :12], init_cache(BIASED, 3, 16))
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, :length], full[row, :length], rtol=0, atol=LOGIT_TOLERANCE)
-    # What a short row holds beyond its length is rubbish that later tokens must neither see nor keep.
-    cache = dataclasses.replace(cache, length=jnp.asarray(lengths))
-    for step in range(8):
-        positions = lengths + step
-        if positions.max() == cache.size:
-            cache = grow_cache(cache, 40)
-        one = rows[np.arange(3), positions][:, None]
-        logits, cache = _continue(BIASED, params, one, cache)
-        np.testing.assert_allclose(logits[:, 0], full[np.arange(3), positions], rtol=0, atol=LOGIT_TOLERANCE)
-    np.testing.assert_array_equal(cache.length, lengths + 8)
-    assert cache.size == 40
-
-
-def test_a_second_prefill_continues_the_first(models: dict[ModelConfig, Any], tokens: np.ndarray) -> None:
-    params, rows = models[BIASED], tokens[:3, :24]
-    _, cache = _continue(BIASED, params, rows[:, :12], init_cache(BIASED, 3, 40))
-    logits, cache = _continue(BIASED, params, rows[:, 12:], cache)
-    full = _reference_logits(BIASED, params, rows)
-    np.testing.assert_allclose(logits, full[:, 12:], rtol=0, atol=LOGIT_TOLERANCE)
-    np.testing.assert_array_equal(cache.length, [24, 24, 24])
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["full", "cached"])
 def test_a_token_reaches_its_own_logits_and_later_ones_alone(
-    cached: bool, models: dict[ModelConfig, Any], tokens: np.ndarray
+    models: dict[ModelConfig, Any], tokens: np.ndarray
 ) -> None:
     T = 24
     params = models[PLAIN]
-    cache = init_cache(PLAIN, 1, T) if cached else None
 
     def summed(positions: jax.Array) -> jax.Array:
         changed = {**params, "wpe": {"embedding": positions}}
-        logits, _ = GPT(PLAIN).apply({"params": changed}, tokens[:1, :T], cache=cache)
+        logits = GPT(PLAIN).apply({"params": changed}, tokens[:1, :T])
         return jnp.sum(jnp.sin(logits[0]), axis=-1)
 
     # [output position, input position]: how far a position's embedding moves each logit.
@@ -234,7 +196,7 @@ def test_records_in_a_row_have_the_logits_that_each_has_alone(
     @jax.jit
     def logits(row: jax.Array) -> jax.Array:
         given = {"positions": positions, "segment_ids": segments}
-        return GPT(config).apply({"params": models[BIASED]}, row, **given)[0]
+        return GPT(config).apply({"params": models[BIASED]}, row, **given)
 
     found, first = np.asarray(logits(row)), 0
     assert np.isfinite(found).all()
@@ -246,22 +208,6 @@ def test_records_in_a_row_have_the_logits_that_each_has_alone(
     changed = row.copy()
     changed[:, :21], changed[:, 51:] = 7, 8
     np.testing.assert_array_equal(np.asarray(logits(changed))[:, 21:51], found[:, 21:51])
-
-
-def test_positions_beside_a_cache_are_refused(models: dict[ModelConfig, Any], tokens: np.ndarray) -> None:
-    rows, cache = tokens[:1, :4], init_cache(PLAIN, 1, 8)
-    for given in ({"positions": rows}, {"segment_ids": rows}):
-        with pytest.raises(ValueError, match="not for a cache"):
-            GPT(PLAIN).apply({"params": models[PLAIN]}, rows, cache=cache, **given)
-
-
-def test_cached_attention_ignores_what_lies_beyond_a_position() -> None:
-    rng = np.random.default_rng(3)
-    keys, values = rng.normal(size=(2, 1, 2, 6, 4)).astype(np.float32)
-    query = rng.normal(size=(1, 2, 1, 4)).astype(np.float32)
-    whole = cached_attention(query, keys[:, :, :4], values[:, :, :4], jnp.array([[3]]))
-    keys[:, :, 4:], values[:, :, 4:] = 1e4, -1e4
-    np.testing.assert_array_equal(cached_attention(query, keys, values, jnp.array([[3]])), whole)
 
 
 @pytest.mark.parametrize("backend", ["xla", "blocked"])
@@ -322,9 +268,9 @@ def test_dropout_is_active_at_each_published_place(
 
     def logits(key: int) -> np.ndarray:
         rngs = {"dropout": jax.random.key(key)}
-        return np.asarray(GPT(config).apply({"params": params}, tokens, deterministic=False, rngs=rngs)[0])
+        return np.asarray(GPT(config).apply({"params": params}, tokens, deterministic=False, rngs=rngs))
 
-    still = np.asarray(GPT(config).apply({"params": params}, tokens)[0])
+    still = np.asarray(GPT(config).apply({"params": params}, tokens))
     assert np.abs(logits(0) - still).max() > 0.01
     assert np.abs(logits(0) - logits(1)).max() > 0.01
     np.testing.assert_array_equal(logits(0), logits(0))
@@ -350,9 +296,6 @@ def test_bfloat16_stays_near_float32_and_gives_float32_logits(
     error = np.abs(np.asarray(logits) - exact)
     assert 0 < error.max() < 0.1 * exact.std()
     assert error.mean() < 0.02 * exact.std()
-    logits, cache = _continue(config, models[BIASED], tokens[:3, :12], init_cache(config, 3, 16))
-    assert cache.keys[0].dtype == jnp.bfloat16
-    assert np.abs(np.asarray(logits) - exact[:3, :12]).max() < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("shape", [(3, 700, 16), (5, 16), (16,)])
@@ -410,7 +353,7 @@ def test_a_model_begins_as_gpt_2_does() -> None:
 
 def _loss_and_gradients(config: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
     def loss(params: Any) -> jax.Array:
-        logits = GPT(config).apply({"params": params}, tokens)[0]
+        logits = GPT(config).apply({"params": params}, tokens)
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) * jnp.arange(1, tokens.shape[1] + 1))
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -442,12 +385,6 @@ def test_stacking_is_undone_by_unstacking(models: dict[ModelConfig, Any]) -> Non
     assert unstacked(params) is params
 
 
-def test_scanned_layers_take_no_cache(models: dict[ModelConfig, Any], tokens: np.ndarray) -> None:
-    config = dataclasses.replace(PLAIN, layers="scanned")
-    with pytest.raises(ValueError, match="unstack"):
-        _continue(config, stacked(models[PLAIN], 2), tokens[:, :4], init_cache(config, 4, 8))
-
-
 def test_scanned_layers_draw_dropout_of_their_own() -> None:
     config = dataclasses.replace(PLAIN, layers="scanned", dropout=0.5, n_layer=2)
     params = init_params(config, jax.random.key(0))
@@ -456,7 +393,7 @@ def test_scanned_layers_draw_dropout_of_their_own() -> None:
     apply = jax.jit(
         lambda key: GPT(config).apply(
             {"params": params}, jnp.zeros((1, 8), int), deterministic=False, rngs={"dropout": key}
-        )[0]
+        )
     )
     first = apply(jax.random.key(1))
     np.testing.assert_array_equal(first, apply(jax.random.key(1)))

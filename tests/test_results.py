@@ -203,7 +203,7 @@ def test_the_table_has_a_row_a_sample_in_the_order_of_the_prompts(run: Run, text
         assert row["seed"] == "11"
         assert float(row["seconds"]) == sample.seconds
         assert int(row["tokens"]) == len(sample.token_ids)
-        assert float(row["log_prob"]) == pytest.approx(sample.log_prob, abs=1e-4)
+        assert float(row["log_prob"]) == pytest.approx(sample.log_prob, abs=6e-4)
         assert row["finished"] == str(sample.finished)
 
 
@@ -238,7 +238,7 @@ def test_every_structure_is_a_frame_with_its_cell_and_composition(run: Run) -> N
             _distances(expected.lattice.matrix, expected.frac_coords), abs=1e-5
         )
         assert frame.pbc.all()
-        assert frame.info["log_prob"] == pytest.approx(run.samples[name].log_prob, abs=1e-4)
+        assert frame.info["log_prob"] == pytest.approx(run.samples[name].log_prob, abs=6e-4)
         assert bool(frame.info["valid"]) == validate(run.samples[name].cif).valid
 
 

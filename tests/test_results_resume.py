@@ -186,6 +186,25 @@ def test_what_a_kill_tears_is_made_again(
     assert _content(tmp_path) == undisturbed
 
 
+def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(
+    tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file can grow beyond this: the journal's sixth line or so is refused in its middle.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(SamplingError, match=r"journal-0\.jsonl: cannot be written: File too large"):
+            _run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines = (tmp_path / "journal-0.jsonl").read_bytes()
+    assert 0 < len(lines) < 2000
+    assert lines.endswith(b"]\n")
+    assert _run(tmp_path, resume=True).session.found == lines.count(b"\n")
+    assert _content(tmp_path) == undisturbed
+
+
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     first = _run(tmp_path)
     made: list[Wanted] = []

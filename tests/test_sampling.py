@@ -14,9 +14,9 @@ from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.convert.published import parameter_table
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.sampling.decode import bucket_size, decode, prefill
+from crystallm_jax.sampling.decode import decode_steps, read_texts
 from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
-from crystallm_jax.sampling.methods import SamplingMethod, draw, filtered_logits
+from crystallm_jax.sampling.methods import SamplingMethod, filtered_logits
 
 GREEDY = SamplingMethod(top_k=1)
 DRAWN = SamplingMethod(temperature=0.8, top_k=10)
@@ -122,67 +122,6 @@ def _texts(completions: list[Completion]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
-# How a token is drawn.
-
-
-def test_filtered_logits_keep_the_k_best_over_the_temperature() -> None:
-    logits = np.random.default_rng(0).standard_normal((4, 371)).astype(np.float32)
-    kept = np.asarray(filtered_logits(SamplingMethod(0.5, 10), jnp.asarray(logits)))
-    for row, out in zip(logits, kept, strict=True):
-        best = np.argsort(row)[-10:]
-        np.testing.assert_allclose(out[best], row[best] / 0.5, rtol=1e-6)
-        assert np.isneginf(np.delete(out, best)).all()
-
-
-def test_ties_at_the_kth_logit_are_kept() -> None:
-    logits = jnp.array([3.0, 1.0, 2.0, 1.0, 1.0, 0.0])
-    assert np.isfinite(filtered_logits(SamplingMethod(1.0, 3), logits)).tolist() == [1, 1, 1, 1, 1, 0]
-    assert np.isfinite(filtered_logits(SamplingMethod(1.0, 2), logits)).tolist() == [1, 0, 1, 0, 0, 0]
-
-
-@pytest.mark.parametrize("top_k", [None, 6, 1000])
-def test_all_tokens_can_be_drawn_without_top_k_or_beyond_the_vocabulary(top_k: int | None) -> None:
-    logits = jnp.arange(6.0)
-    assert filtered_logits(SamplingMethod(2.0, top_k), logits).tolist() == (logits / 2).tolist()
-
-
-def test_draws_follow_the_probabilities() -> None:
-    logits = jnp.array([0.3, -1.0, 1.1, 0.3, -4.0])
-    rows, method = 20_000, SamplingMethod(0.7, 3)
-    keys = jax.random.split(jax.random.key(0), rows)
-    counts = np.bincount(draw(method, jnp.broadcast_to(logits, (rows, 5)), keys), minlength=5)
-    expected = np.asarray(jax.nn.softmax(filtered_logits(method, logits)))
-    assert counts[[1, 4]].tolist() == [0, 0]
-    assert np.all(np.abs(counts - rows * expected) <= 4 * np.sqrt(rows * expected))
-
-
-def test_greedy_takes_the_first_of_equals_whatever_the_key() -> None:
-    logits = jnp.array([[0.0, 2.0, 1.0, 2.0]] * 8)
-    assert draw(GREEDY, logits, jax.random.split(jax.random.key(1), 8)).tolist() == [1] * 8
-
-
-def test_a_row_of_equal_logits_gives_every_token_alike() -> None:
-    # All twelve tie with the tenth. Tokens of one row, and rows of one prompt, are independent.
-    uniform = jax.tree.map(jnp.zeros_like, _random_params(FEW_TOKENS, 0))
-    rows = _complete(FEW_TOKENS, uniform, [PROMPTS[1]], method=DRAWN, num_samples=40, batch_size=8)
-    tokens = np.concatenate([row.token_ids[3:] for row in rows])
-    assert len(tokens) > 1000
-    expected = len(tokens) / 12
-    assert np.all(np.abs(np.bincount(tokens, minlength=12) - expected) < 4 * np.sqrt(expected))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_impossible_temperatures_are_refused(temperature: float) -> None:
-    with pytest.raises(SamplingError, match=r"temperature=.*: must be"):
-        SamplingMethod(temperature=temperature)
-
-
-@pytest.mark.parametrize("top_k", [0, -1])
-def test_impossible_top_k_is_refused(top_k: int) -> None:
-    with pytest.raises(SamplingError, match=f"top_k={top_k}: must be at least 1"):
-        SamplingMethod(top_k=top_k)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -218,24 +157,21 @@ def test_rows_slide_beside_rows_that_are_done(params: dict[str, Any]) -> None:
     assert [len(row.token_ids) for row in rows] == [66, 63]
 
 
-def test_growing_the_cache_changes_nothing_and_compiles_each_size_once() -> None:
+def test_long_texts_take_one_compiled_reading_and_step() -> None:
     params = _random_params(LONG, 2)
-    before = prefill._cache_size(), decode._cache_size()
-    prompts = [np.arange(5) * 31 + 9, np.arange(20) * 13 % 371]
-    for row in _complete(LONG, params, prompts):
+    before = read_texts._cache_size(), decode_steps._cache_size()
+    prompts = [np.arange(5) * 31 + 9, *(np.arange(n) * 13 % 371 for n in (20, 33))]
+    for row in _complete(LONG, params, prompts, batch_size=4):
         tokens = np.array(row.token_ids)
         assert len(tokens) == LONG.block_size + 1
         best = _numpy_logits(LONG, params, tokens[:-1]).argmax(axis=-1)
         first = len(prompts[row.prompt_index])
         assert tokens[first:].tolist() == best[first - 1 :].tolist()
-    _complete(LONG, params, [prompts[1][:9], prompts[0] + 1], seed=3)
-    # One prompt bucket, 64; caches of 128 and 256.
-    assert (prefill._cache_size() - before[0], decode._cache_size() - before[1]) == (1, 2)
-
-
-def test_buckets_are_powers_of_two_up_to_the_context() -> None:
-    sizes = [bucket_size(n, 1000) for n in (1, 64, 65, 128, 129, 512, 513, 1000, 1001)]
-    assert sizes == [64, 64, 128, 128, 256, 512, 1000, 1000, 1000]
+    # One reading, of 64 columns.
+    assert (read_texts._cache_size() - before[0], decode_steps._cache_size() - before[1]) == (1, 1)
+    other = [prompts[1][:19], prompts[0] + 1, prompts[2] + 1]
+    _complete(LONG, params, other, seed=3, batch_size=4, max_new_tokens=100)
+    assert (read_texts._cache_size() - before[0], decode_steps._cache_size() - before[1]) == (1, 1)
 
 
 def test_golden_greedy_tokens(golden: Path) -> None:
@@ -350,7 +286,17 @@ def test_samples_are_what_the_probabilities_allow(
         assert row.finished or len(tokens) == FEW_TOKENS.block_size + 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_a_row_of_equal_logits_gives_every_token_alike() -> None:
+    # All twelve tie with the tenth. Tokens of one row, and rows of one prompt, are independent.
+    uniform = jax.tree.map(jnp.zeros_like, _random_params(FEW_TOKENS, 0))
+    rows = _complete(FEW_TOKENS, uniform, [PROMPTS[1]], method=DRAWN, num_samples=40, batch_size=8)
+    tokens = np.concatenate([row.token_ids[3:] for row in rows])
+    assert len(tokens) > 1000
+    expected = len(tokens) / 12
+    assert np.all(np.abs(np.bincount(tokens, minlength=12) - expected) < 4 * np.sqrt(expected))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_the_batch_size_changes_no_sample(
     drawn: list[Completion], few_params: dict[str, Any], batch_size: int
 ) -> None:
@@ -391,19 +337,24 @@ def test_seeds_repeat_and_differ(drawn: list[Completion], few_params: dict[str, 
 def test_greedy_does_not_depend_on_the_seed(params: dict[str, Any]) -> None:
     prompt = np.array([20, 301, 45])
     rows = [_complete(CONFIG, params, [prompt], seed=seed)[0] for seed in (0, 1)]
-    assert rows[0] == rows[1]
+    assert rows[0][:-1] == rows[1][:-1]
 
 
-def test_batches_come_as_they_are_done_and_compile_once_a_shape(few_params: dict[str, Any]) -> None:
-    def lengths(prompts: list[np.ndarray], seed: int, max_new_tokens: int) -> list[int]:
+def test_samples_come_as_they_are_done_and_steps_are_compiled_once(few_params: dict[str, Any]) -> None:
+    def names(prompts: list[np.ndarray], seed: int, max_new_tokens: int) -> list[tuple[int, int]]:
         request = GenerationRequest(
             method=DRAWN, num_samples=2, seed=seed, batch_size=5, max_new_tokens=max_new_tokens
         )
-        batches = generate(FEW_TOKENS, few_params, prompts, newline_id=NEWLINE_OF_FEW, request=request)
-        return [len(batch) for batch in batches]
+        batches = list(generate(FEW_TOKENS, few_params, prompts, newline_id=NEWLINE_OF_FEW, request=request))
+        assert all(batches)
+        assert len(batches) > 1
+        return sorted(row[:2] for batch in batches for row in batch)
 
-    assert lengths(PROMPTS[:4], 0, 7) == [5, 3]
-    before = prefill._cache_size(), decode._cache_size()
-    assert lengths(PROMPTS[::-1], 1, 20) == [5, 5]
-    assert lengths([PROMPTS[0][:2]] * 3, 2, 3) == [5, 1]
-    assert (prefill._cache_size(), decode._cache_size()) == before
+    def all_of(prompts: int) -> list[tuple[int, int]]:
+        return [(prompt, sample) for prompt in range(prompts) for sample in (0, 1)]
+
+    assert names(PROMPTS[:4], 0, 7) == all_of(4)
+    before = decode_steps._cache_size()
+    assert names(PROMPTS[::-1], 1, 20) == all_of(5)
+    assert names([PROMPTS[0][:2]] * 3, 2, 3) == all_of(3)
+    assert decode_steps._cache_size() == before

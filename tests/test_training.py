@@ -78,7 +78,7 @@ def _norm(tree: Any) -> float:
 @jax.jit
 def _mean_loss_and_gradient(params: Any, tokens: jax.Array) -> Any:
     def loss(params: Any) -> jax.Array:
-        logits, _ = GPT(OWN_MODEL).apply({"params": params}, tokens[:, :-1])
+        logits = GPT(OWN_MODEL).apply({"params": params}, tokens[:, :-1])
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
         return -jnp.mean(chosen)
 

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,8 +22,13 @@ from crystallm_jax.data.packing import Batch
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig, count_params, flops_per_token, init_params
 from crystallm_jax.model.attention import choose_backend
-from crystallm_jax.sampling.decode import decode, prefill
+from crystallm_jax.model.inference import prepare_weights
+from crystallm_jax.model.pages import PageTable, empty_log, empty_pages
+from crystallm_jax.sampling.decode import Rules, decode_steps
+from crystallm_jax.sampling.generate import PAGE_SIZE
 from crystallm_jax.sampling.methods import SamplingMethod
+from crystallm_jax.sampling.places import empty_rows
+from crystallm_jax.sampling.pool import pages_of_longest
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps
@@ -167,7 +173,10 @@ def with_micro_batches(report: Report, compiled: int, wanted: int) -> Report:
 
 
 def compile_decoding(config: TrainConfig, vocab_size: int, placed: Slice, *, batch_size: int) -> Report:
-    """Compile the loop that decodes, with full caches, on one device of the slice, and count a token of each row.
+    """Compile the loop that decodes, on one device of the slice, and count a token of each row.
+
+    The pool of pages is one block, as on accelerators, with room for half a context of each row: rows that come and go
+    in a continuous batch are half done on average.
 
     Raises:
         MemoryExceededError: the step does not fit the chip's memory.
@@ -182,41 +191,32 @@ def compile_decoding(config: TrainConfig, vocab_size: int, placed: Slice, *, bat
     mesh = make_mesh(1, 1, placed.devices[:1])
     whole = NamedSharding(mesh, PartitionSpec())
     params = jax.eval_shape(lambda key: init_params(model_config, key), jax.random.key(0))
-    method, newline = SamplingMethod(), 0
-    rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
-    state = jax.eval_shape(
-        lambda params, prompts, lengths, limit, keys: prefill(
-            model_config,
-            method,
-            newline,
-            model_config.block_size,
-            params=params,
-            prompts=prompts,
-            lengths=lengths,
-            limit=limit,
-            keys=keys,
-        ),
-        params,
-        jax.ShapeDtypeStruct((batch_size, 1), jnp.int32),
-        rows,
-        rows,
-        keys,
-    )
-    placed_params, placed_state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), (params, state)
-    )
+    named = jax.eval_shape(partial(_decoding_arguments, model_config, batch_size), params)
     report = _report(
         "decode step",
-        decode,
-        (model_config, method, newline),
-        {"params": placed_params, "state": placed_state},
+        decode_steps,
+        (model_config, Rules(SamplingMethod(), newline_id=0)),
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), named),
         placed=placed,
         mesh=mesh,
         tokens=batch_size,
         model_flops=batch_size * _decode_flops(model_config, count_params(params)),
     )
     return _recounted(report, count_round(report.module, report.devices))
+
+
+def _decoding_arguments(config: ModelConfig, rows: int, params: dict) -> dict[str, Any]:
+    """What `decode_steps` is given for so many rows."""
+    S, N = PAGE_SIZE, pages_of_longest(config, PAGE_SIZE)
+    count = rows * -(-config.block_size // (2 * S))
+    pages = jnp.zeros(count, jnp.int32)
+    return {
+        "weights": prepare_weights(config, params),
+        "blocks": (empty_pages(config, count, S, config.dtype),),
+        "table": PageTable(pages, pages, jnp.zeros((rows, N), jnp.int32), jnp.int32(1)),
+        "state": empty_rows(rows, config.block_size + 1, config.vocab_size, automaton=None),
+        "log": empty_log(config, rows, S, config.dtype),
+    }
 
 
 def _recounted(report: Report, costs: Costs) -> Report:

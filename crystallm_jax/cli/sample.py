@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from crystallm_jax.cli.sample_hosts import add_device_flags, joined
 from crystallm_jax.cli.sample_prompts import PROMPT_HELP, add_prompt_flags, positive, prompts_from
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def add_parser(verbs: Any) -> None:
     _add_numbers(add)
     _add_method(add)
     _add_machine(add)
+    add_device_flags(add)
     parser.set_defaults(run=run)
 
 
@@ -159,24 +161,29 @@ def run(arguments: argparse.Namespace) -> int:
     from crystallm_jax.results import ResultsFolder, sample_into  # noqa: PLC0415
 
     request, target = _request(arguments), _target(arguments)
-    model = load_model(arguments.model, dtype=arguments.dtype)
-    total = None if target else sum(prompt.n or request.num_samples for prompt in prompts)
-    with (
-        terminate_as_interrupt() as interruption,
-        ValidatorPool(arguments.workers, arguments.time_limit) as pool,
-        tqdm(total=total, unit="sample", disable=None, file=sys.stderr) as bar,
-    ):
-        folder = ResultsFolder(arguments.out, resume=arguments.resume)
-        summary = sample_into(
-            folder,
-            model,
-            prompts,
-            request,
-            pool=pool,
-            target=target,
-            on_batch=bar.update,
-            interruption=interruption,
-        )
+    with terminate_as_interrupt() as interruption, joined(arguments) as part:
+        model = load_model(arguments.model, dtype=arguments.dtype)
+        own = [prompt for index, prompt in enumerate(prompts) if part.has(index)]
+        with (
+            ValidatorPool(arguments.workers, arguments.time_limit) as pool,
+            tqdm(
+                total=None if target else sum(prompt.n or request.num_samples for prompt in own),
+                unit="sample",
+                disable=True if part.number else None,
+                file=sys.stderr,
+            ) as bar,
+        ):
+            summary = sample_into(
+                ResultsFolder(arguments.out, part=part.number, parts=part.count, resume=arguments.resume),
+                model,
+                prompts,
+                request,
+                pool=pool,
+                target=target,
+                on_batch=bar.update,
+                interruption=interruption,
+                barrier=part.barrier,
+            )
     if summary is not None:
         _report(summary, arguments)
     return 0
@@ -242,6 +249,7 @@ def _request(arguments: argparse.Namespace) -> "GenerationRequest":
         overflow=arguments.overflow,
         constrain=arguments.constrain,
         cache_dtype=arguments.cache_dtype,
+        tensor=arguments.tensor,
     )
 
 

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crystallm_jax.evaluation.bonds import bond_length_score, expected_bond_length, symmetry_orbits
+    from crystallm_jax.evaluation.judging import judge
     from crystallm_jax.evaluation.matching import match
     from crystallm_jax.evaluation.parsing import parse_structure
     from crystallm_jax.evaluation.pool import ValidatorPool, validate_many
-    from crystallm_jax.evaluation.report import ValidityReport
+    from crystallm_jax.evaluation.report import Judgement, ValidityReport
     from crystallm_jax.evaluation.validity import validate
 
 __all__ = [
+    "Judgement",
     "ValidatorPool",
     "ValidityReport",
     "bond_length_score",
     "expected_bond_length",
+    "judge",
     "match",
     "parse_structure",
     "symmetry_orbits",
@@ -29,10 +32,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Judgement": "report",
     "ValidatorPool": "pool",
     "ValidityReport": "report",
     "bond_length_score": "bonds",
     "expected_bond_length": "bonds",
+    "judge": "judging",
     "match": "matching",
     "parse_structure": "parsing",
     "symmetry_orbits": "bonds",

@@ -1,4 +1,4 @@
-"""Causal attention: the only place that names a backend.
+"""Causal attention over whole rows: the only place that names a backend.
 
 The letters are those of `crystallm_jax.model.transformer`.
 """
@@ -116,7 +116,7 @@ def causal_attention(
     """
     if backend == "cudnn":
         q, k, v = (x.swapaxes(1, 2) for x in (q_BHTd, k_BHTd, v_BHTd))
-        mask = None if segment_ids_BT is None else _same_segment(segment_ids_BT, segment_ids_BT)
+        mask = None if segment_ids_BT is None else _same_segment(segment_ids_BT)
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=True, implementation="cudnn"
         ).swapaxes(1, 2)
@@ -133,49 +133,41 @@ def causal_attention(
     T = q_BHTd.shape[2]
     visible = jnp.tri(T, dtype=bool)[None, None]
     if segment_ids_BT is not None:
-        visible = visible & _same_segment(segment_ids_BT, segment_ids_BT)
+        visible = visible & _same_segment(segment_ids_BT)
     return _softmax_attention(q_BHTd, k_BHTd, v_BHTd, visible, dropout_rate, key)
 
 
-def cached_attention(
-    q_BHTd: jax.Array, keys_BHSd: jax.Array, values_BHSd: jax.Array, positions_BT: jax.Array
-) -> jax.Array:
-    """Attention of tokens at `positions_BT` to the cached positions up to their own, [B, H, T, D / H]."""
-    S = keys_BHSd.shape[2]
-    visible_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
-    return _softmax_attention(q_BHTd, keys_BHSd, values_BHSd, visible_BTS[:, None], 0.0, None)
-
-
-def _same_segment(queries_BR: jax.Array, keys_BS: jax.Array) -> jax.Array:
-    """Bool [B, 1, R, S]. Padding is a segment like others: a token always sees itself, so no row is empty (NaN)."""
-    return queries_BR[:, None, :, None] == keys_BS[:, None, None, :]
+def _same_segment(segment_ids_BT: jax.Array) -> jax.Array:
+    """Bool [B, 1, T, T]. Padding is a segment like others: a token always sees itself, so no row is empty (NaN)."""
+    return segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
 
 
 def _softmax_attention(
     q_BHTd: jax.Array,
-    k_BHSd: jax.Array,
-    v_BHSd: jax.Array,
+    k_BHKd: jax.Array,
+    v_BHKd: jax.Array,
     visible: jax.Array,
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
+    """Over K keys that are visible, bool [B or 1, 1, T, K]."""
     precision = matmul_precision(q_BHTd.dtype)
-    scores_BHTS = jnp.einsum(
-        "BHTd,BHSd->BHTS", q_BHTd, k_BHSd, precision=precision, preferred_element_type=jnp.float32
+    scores_BHTK = jnp.einsum(
+        "BHTd,BHKd->BHTK", q_BHTd, k_BHKd, precision=precision, preferred_element_type=jnp.float32
     ) / math.sqrt(q_BHTd.shape[-1])
-    scores_BHTS = jnp.where(visible, scores_BHTS, -jnp.inf)
-    # Softmax by hand: dividing the d outputs instead of the S probabilities of a row reads the large array once less.
-    peaks = jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True))
-    weights_BHTS = jnp.exp(scores_BHTS - peaks)
-    sums = weights_BHTS.sum(axis=-1, keepdims=True)
+    scores_BHTK = jnp.where(visible, scores_BHTK, -jnp.inf)
+    # Softmax by hand: dividing the d outputs instead of the K probabilities of a row reads the large array once less.
+    peaks = jax.lax.stop_gradient(scores_BHTK.max(axis=-1, keepdims=True))
+    weights_BHTK = jnp.exp(scores_BHTK - peaks)
+    sums = weights_BHTK.sum(axis=-1, keepdims=True)
     if dropout_rate > 0 and dropout_key is not None:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights_BHTS.shape)
-        weights_BHTS = jnp.where(keep, weights_BHTS / (1 - dropout_rate), 0.0)
+        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights_BHTK.shape)
+        weights_BHTK = jnp.where(keep, weights_BHTK / (1 - dropout_rate), 0.0)
     mixed_BHTd = jnp.einsum(
-        "BHTS,BHSd->BHTd",
-        weights_BHTS.astype(v_BHSd.dtype),
-        v_BHSd,
+        "BHTK,BHKd->BHTd",
+        weights_BHTK.astype(v_BHKd.dtype),
+        v_BHKd,
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return (mixed_BHTd / sums).astype(v_BHSd.dtype)
+    return (mixed_BHTd / sums).astype(v_BHKd.dtype)

@@ -13,6 +13,7 @@ The pool is a tuple of blocks, so that it can grow without a copy and a CPU can 
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from crystallm_jax.model.config import ModelConfig
 
 # A score that weighs nothing; finite, so that pages without any token stay free of NaN.
 _NOTHING = -1e30
+_SLICE = 32
 
 
 class Pages(NamedTuple):
@@ -49,9 +51,9 @@ class PageTable:
     """Whose the pages are.
 
     Attributes:
-        owner: int32 [G P]; the row of each page, B where it is free.
-        fill: int32 [G P]; how many of its positions are taken, from the first on.
-        pages: int32 [B, N]; each row's pages in the order of its text, G P where there are no more.
+        owner: int32, for the pages of all blocks; the row of each, B where it is free.
+        fill: int32, likewise; how many of its positions are taken, from the first on.
+        pages: int32 [B, N]; each row's pages in the order of its text, as many as there are where there are no more.
         blocks: int32 []; blocks beyond the last one in use may be passed over.
     """
 
@@ -131,90 +133,149 @@ def attend_pages(
     q_HdB = q_HdB.astype(jnp.float32) / math.sqrt(q_HdB.shape[1])
     with jax.named_scope("log"):
         seen = (jnp.arange(log_keys.shape[0]) <= newest)[:, None, None]
-        log_scores = jnp.where(seen, (log_keys.astype(jnp.float32) * q_HdB).sum(2), _NOTHING)
+        log_scores = jnp.where(seen, _sum_products(log_keys, q_HdB[None], axis=2), _NOTHING)
     if not keys:
         weights = jnp.exp(log_scores - log_scores.max(0))
         return (weights[:, :, None] * log_values.astype(jnp.float32)).sum(0) / weights.sum(0)[:, None]
     with jax.named_scope("pages"):
-        scores = _page_scores(q_HdB, keys, table)
-        page_peaks = jnp.concatenate([block.max(-1) for block in scores])
+        scores, page_peaks = _page_scores(q_HdB, keys, table)
         peaks_BH = jnp.maximum(
-            jnp.take(page_peaks, table.pages, axis=0, mode="fill", fill_value=_NOTHING).max(1),
+            jnp.take(jnp.concatenate(page_peaks), table.pages, axis=0, mode="fill", fill_value=_NOTHING).max(
+                1
+            ),
             log_scores.max(0).T,
         )
-        mixed_DB, sums_HB = _mix_pages(scores, values, peaks_BH, table)
-    weights = jnp.exp(log_scores - peaks_BH.T)
-    mixed = (weights[:, :, None] * log_values.astype(jnp.float32)).sum(0)
-    return (mixed + mixed_DB.reshape(mixed.shape)) / (weights.sum(0) + sums_HB)[:, None]
+        # A CPU multiplies faster than it looks up; elsewhere the product would cost as much as the whole step.
+        mixed_BD, sums_BH = jax.lax.platform_dependent(
+            scores, values, peaks_BH, table, cpu=mix_by_product, default=mix_by_lookup
+        )
+    with jax.named_scope("log"):
+        weights = jnp.exp(log_scores - peaks_BH.T)
+        shares = jax.lax.optimization_barrier(1 / (weights.sum(0) + sums_BH.T))
+        # Kept apart from what follows: a compiler that fused them would sum the weights anew for every value.
+        weights = jax.lax.optimization_barrier(weights * shares)
+        mixed_HdB = (weights[:, :, None] * log_values.astype(jnp.float32)).sum(0)
+    return mixed_HdB + mixed_BD.T.reshape(mixed_HdB.shape) * shares[:, None]
 
 
-def _page_scores(q_HdB: jax.Array, keys: tuple[jax.Array, ...], table: PageTable) -> list[jax.Array]:
-    """For each block float32 [P, H, S]."""
+def _sum_products(a: jax.Array, b: jax.Array, *, axis: int) -> jax.Array:
+    """A times b, in float32, summed along an axis.
+
+    In slices: a CPU's compiler sums longer axes in several passes over a product that it writes out.
+    """
+    size, parts = a.shape[axis], []
+    for first in range(0, size, _SLICE):
+        here = (slice(None),) * axis + (slice(first, first + _SLICE),)
+        other = b[here] if b.shape[axis] == size else b
+        parts.append((a[here].astype(jnp.float32) * other).sum(axis))
+    return sum(parts[1:], parts[0])
+
+
+def _page_scores(
+    q_HdB: jax.Array, keys: tuple[jax.Array, ...], table: PageTable
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """For each block the scores, float32 [P, H, S], and the greatest of each page [P, H]."""
     q_BHd = q_HdB.transpose(2, 0, 1)
     S = keys[0].shape[-1]
 
-    def of_block(q_PHd: jax.Array, block: jax.Array, fill: jax.Array) -> jax.Array:
-        scores = (q_PHd[..., None] * block.astype(jnp.float32)).sum(2)
-        return jnp.where((jnp.arange(S) < fill[:, None])[:, None], scores, _NOTHING)
+    def of_block(
+        q_BHd: jax.Array, block: jax.Array, owner: jax.Array, fill: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        scores = _product("PHd,PHdS->PHS", jnp.take(q_BHd, owner, axis=0, mode="clip"), block)
+        scores = jnp.where((jnp.arange(S) < fill[:, None])[:, None], scores, _NOTHING)
+        return scores, scores.max(-1)
 
-    def passed(q_PHd: jax.Array, block: jax.Array, fill: jax.Array) -> jax.Array:
-        del block, fill
-        return jnp.full((*q_PHd.shape[:2], S), _NOTHING)
+    def passed(
+        q_BHd: jax.Array, block: jax.Array, owner: jax.Array, fill: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del q_BHd, owner, fill
+        P, H, _, S = block.shape
+        return jnp.full((P, H, S), _NOTHING), jnp.full((P, H), _NOTHING)
 
-    result = []
-    for number, (block, owner, fill) in enumerate(zip(keys, *_split(table, len(keys)), strict=True)):
-        q_PHd = jnp.take(q_BHd, owner, axis=0, mode="clip")
-        result.append(_if_used(number, table, of_block, passed, q_PHd, block, fill))
-    return result
+    parts = [
+        _if_used(number, table, of_block, passed, q_BHd, *operands)
+        for number, operands in enumerate(zip(keys, *_split(table, keys), strict=True))
+    ]
+    return [scores for scores, _ in parts], [peaks for _, peaks in parts]
 
 
-def _mix_pages(
+def mix_by_product(
     scores: list[jax.Array], values: tuple[jax.Array, ...], peaks_BH: jax.Array, table: PageTable
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of values [D, B] and of the weights [H, B] over each row's pages."""
+    """Weighted sums [B, D] and sums of weights [B, H] over each row's pages, as products with whose each page is.
+
+    Args:
+        scores: of each block, float32 [P, H, S].
+        values: of each block, [P, H, S, d].
+        peaks_BH: the greatest score of each row.
+        table: whose the pages are.
+    """
     B, H = peaks_BH.shape
 
-    def of_block(scores: jax.Array, peaks: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights = jnp.exp(scores - peaks[..., None])
-        mixed = (weights[..., None] * block.astype(jnp.float32)).sum(2)
-        return mixed.reshape(len(block), -1), weights.sum(-1)
+    def of_block(
+        scores: jax.Array, block: jax.Array, owner: jax.Array, peaks_BH: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        weights = _weights(scores, owner, peaks_BH)
+        whose_BP = (owner == jnp.arange(B)[:, None]).astype(jnp.float32)
+        mixed_BD = _product("BP,PD->BD", whose_BP, _mix(weights, block))
+        return mixed_BD, _product("BP,PH->BH", whose_BP, weights.sum(-1))
 
-    def passed(scores: jax.Array, peaks: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        del peaks
-        return jnp.zeros((len(block), H * block.shape[-1])), jnp.zeros(scores.shape[:2])
+    def passed(
+        scores: jax.Array, block: jax.Array, owner: jax.Array, peaks_BH: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del scores, owner
+        return jnp.zeros((B, H * block.shape[-1])), jnp.zeros_like(peaks_BH)
 
-    parts = []
-    for number, (block_scores, block, owner) in enumerate(
-        zip(scores, values, _split(table, len(values))[0], strict=True)
-    ):
-        # A free page's scores weigh nothing against whatever peak.
-        peaks = jnp.take(peaks_BH, owner, axis=0, mode="fill", fill_value=0.0)
-        parts.append(_if_used(number, table, of_block, passed, block_scores, peaks, block))
-    mixed_PD, sums_PH = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-
-    def by_product(mixed_PD: jax.Array, sums_PH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whose = (table.owner == jnp.arange(B)[:, None]).astype(jnp.float32)
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.matmul(whose, mixed_PD, precision=exact), jnp.matmul(whose, sums_PH, precision=exact)
-
-    def by_lookup(mixed_PD: jax.Array, sums_PH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def of_row(x: jax.Array) -> jax.Array:
-            return jnp.take(x, table.pages, axis=0, mode="fill", fill_value=0.0).sum(1)
-
-        return of_row(mixed_PD), of_row(sums_PH)
-
-    # A CPU multiplies faster than it looks up; elsewhere the product would cost as much as the whole step.
-    mixed_BD, sums_BH = jax.lax.platform_dependent(mixed_PD, sums_PH, cpu=by_product, default=by_lookup)
-    return mixed_BD.T, sums_BH.T
+    owners = _split(table, values)[0]
+    parts = [
+        _if_used(number, table, of_block, passed, *operands, peaks_BH)
+        for number, operands in enumerate(zip(scores, values, owners, strict=True))
+    ]
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
 
 
-def _split(table: PageTable, blocks: int) -> tuple[list[jax.Array], list[jax.Array]]:
+def mix_by_lookup(
+    scores: list[jax.Array], values: tuple[jax.Array, ...], peaks_BH: jax.Array, table: PageTable
+) -> tuple[jax.Array, jax.Array]:
+    """The same by looking each row's pages up, in the order of its text."""
+
+    def of_rows(x: jax.Array) -> jax.Array:
+        return jnp.take(x, table.pages, axis=0, mode="fill", fill_value=0.0).sum(1)
+
+    owners = _split(table, values)[0]
+    weights = [_weights(*pair, peaks_BH) for pair in zip(scores, owners, strict=True)]
+    mixed_PD = jnp.concatenate([_mix(*pair) for pair in zip(weights, values, strict=True)])
+    return of_rows(mixed_PD), of_rows(jnp.concatenate([part.sum(-1) for part in weights]))
+
+
+def _weights(scores: jax.Array, owner: jax.Array, peaks_BH: jax.Array) -> jax.Array:
+    """Weights [P, H, S] of a block; a free page's scores weigh nothing against whatever peak."""
+    return jnp.exp(scores - jnp.take(peaks_BH, owner, axis=0, mode="fill", fill_value=0.0)[..., None])
+
+
+def _mix(weights: jax.Array, block: jax.Array) -> jax.Array:
+    """Each page's weighted sum, float32 [P, D]."""
+    return _product("PHS,PHSd->PHd", weights, block).reshape(len(block), -1)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        subscripts,
+        a,
+        b.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _split(table: PageTable, blocks: tuple[jax.Array, ...]) -> tuple[list[jax.Array], list[jax.Array]]:
     """Owner and fill of each block's pages."""
-    return jnp.split(table.owner, blocks), jnp.split(table.fill, blocks)
+    ends = list(accumulate(len(block) for block in blocks))[:-1]
+    return jnp.split(table.owner, ends), jnp.split(table.fill, ends)
 
 
 def _if_used(number: int, table: PageTable, used: Any, passed: Any, *operands: jax.Array) -> Any:
-    """What a block gives, or, beyond the last one in use, what passing over it gives; always the first where there is one."""
-    if operands and number == 0:
+    """What a block gives, or, beyond the last one in use, what passing over it gives; always the first's."""
+    if number == 0:
         return used(*operands)
     return jax.lax.cond(number < table.blocks, used, passed, *operands)

@@ -2,26 +2,25 @@
 
 Letters used for shapes, here and everywhere in the package:
 
-    B batch    T tokens    S cache positions    H heads    D width (d = D / H)    V vocabulary    L layers
+    B batch    T tokens    H heads    D width (d = D / H)    V vocabulary    L layers    S positions of a page
 
 Parameters are named as in the published checkpoints (`wte`, `wpe`, `h_0/attn/c_attn`, ..., `ln_f`), so that rules
 on paths (sharding, weight decay, conversion) read like it. The kernel of `c_attn` is [D, 3, D], so that queries, keys
 and values can each be split by heads. With `layers: scanned` the blocks' parameters are one tree `h` with a leading L
-(see `model.layout`). How parameters are split over devices is not stated here: see `training.sharding`.
+(see `model.layout`). How parameters are split over devices is not stated here: see `training.sharding`. Decoding reads
+the same parameters in a layout of its own: see `model.inference`, and `model.pages` for what it keeps.
 """
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from crystallm_jax.model.attention import cached_attention, causal_attention, choose_backend
+from crystallm_jax.model.attention import causal_attention, choose_backend
 from crystallm_jax.model.axes import split_by_rows
 from crystallm_jax.model.blocked import ATTENTION_RESIDUALS
-from crystallm_jax.model.cache import KVCache, append
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.elementwise import LayerNorm, gelu
 from crystallm_jax.model.layout import stacked
@@ -30,14 +29,6 @@ from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup, tied_logit
 # GPT-2's initialisation (Radford et al. 2019); branches that add to the residual stream start smaller.
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
-
-
-class LayerCache(NamedTuple):
-    """One layer's buffers of a KVCache, keys and values [B, H, S, D / H], and the rows' lengths [B]."""
-
-    keys: jax.Array
-    values: jax.Array
-    length: jax.Array
 
 
 def _layer_norm(config: ModelConfig, name: str) -> LayerNorm:
@@ -53,52 +44,39 @@ def _residual_std(config: ModelConfig) -> float:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention, over the tokens given or over a cache and them."""
+    """Multi-head causal self-attention."""
 
     config: ModelConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array | None,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Return the branch's output [B, T, D] and this layer's new cache (None without one)."""
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+        """Return the branch's output [B, T, D]."""
         config = self.config
         B, T, D = x_BTD.shape
         qkv = _linear(config, (3, D), "c_attn")(x_BTD)
         qkv = qkv.reshape(B, T, 3, config.n_head, config.head_dim).transpose(2, 0, 3, 1, 4)
         q_BHTd, k_BHTd, v_BHTd = qkv[0], qkv[1], qkv[2]
-        if cache is None:
-            rate = 0.0 if self.deterministic else config.attention_dropout_rate
-            y_BHTd = causal_attention(
-                q_BHTd,
-                k_BHTd,
-                v_BHTd,
-                backend=choose_backend(
-                    config.attention,
-                    dtype=config.dtype,
-                    dropout_rate=rate,
-                    tokens=T,
-                    head_dim=config.head_dim,
-                    segmented=segment_ids_BT is not None,
-                ),
-                segment_ids_BT=segment_ids_BT,
+        rate = 0.0 if self.deterministic else config.attention_dropout_rate
+        y_BHTd = causal_attention(
+            q_BHTd,
+            k_BHTd,
+            v_BHTd,
+            backend=choose_backend(
+                config.attention,
+                dtype=config.dtype,
                 dropout_rate=rate,
-                dropout_key=self.make_rng("dropout") if rate > 0 else None,
-            )
-        else:
-            with jax.named_scope("cache_update"):
-                keys = append(cache.keys, k_BHTd, cache.length)
-                values = append(cache.values, v_BHTd, cache.length)
-            y_BHTd = cached_attention(q_BHTd, keys, values, positions_BT)
-            cache = LayerCache(keys, values, cache.length)
+                tokens=T,
+                head_dim=config.head_dim,
+                segmented=segment_ids_BT is not None,
+            ),
+            segment_ids_BT=segment_ids_BT,
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate > 0 else None,
+        )
         y_BTD = y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, D)
         y_BTD = _linear(config, (D,), "c_proj", std=_residual_std(config))(y_BTD)
-        return nn.Dropout(config.dropout)(y_BTD, deterministic=self.deterministic), cache
+        return nn.Dropout(config.dropout)(y_BTD, deterministic=self.deterministic)
 
 
 class MLP(nn.Module):
@@ -124,24 +102,17 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array | None,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Return the residual stream [B, T, D] and this layer's new cache."""
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, None]:
+        """Return the residual stream [B, T, D], and nothing beside it, as a scan over blocks wants it."""
         normed = _layer_norm(self.config, "ln_1")(x_BTD)
         with jax.named_scope("attention"):
-            branch, cache = SelfAttention(self.config, self.deterministic, name="attn")(
-                normed, positions_BT, segment_ids_BT, cache
+            x_BTD = x_BTD + SelfAttention(self.config, self.deterministic, name="attn")(
+                normed, segment_ids_BT
             )
-        x_BTD = x_BTD + branch
         normed = _layer_norm(self.config, "ln_2")(x_BTD)
         with jax.named_scope("mlp"):
             x_BTD = x_BTD + MLP(self.config, self.deterministic, name="mlp")(normed)
-        return split_by_rows(x_BTD), cache
+        return split_by_rows(x_BTD), None
 
 
 def _block_class(config: ModelConfig) -> type[Block]:
@@ -168,63 +139,41 @@ class GPT(nn.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> jax.Array:
         """Predict the token that follows each token.
 
         Args:
-            tokens: int [B, T]. Without a cache they stand at positions 0 to T - 1 unless `positions` says otherwise;
-                with one, row b continues at position cache.length[b]. The last position must be below `block_size`:
-                JAX cannot check it here.
-            positions: int [B, T], where several texts share a row; not with a cache.
-            segment_ids: int [B, T]: tokens attend to those of their own segment alone; not with a cache.
-            cache: what came before, or None.
+            tokens: int [B, T]. They stand at positions 0 to T - 1 unless `positions` says otherwise.
+            positions: int [B, T], where several texts share a row. All must be below `block_size`: JAX cannot check
+                it here.
+            segment_ids: int [B, T]: tokens attend to those of their own segment alone.
             deterministic: False switches dropout on and needs an rng named `dropout`.
 
         Returns:
-            float32 logits [B, T, V], and the cache with the tokens added (None without one).
+            float32 logits [B, T, V].
 
         Raises:
-            ValueError: T is more than `block_size`, positions or segment ids beside a cache, or a cache with scanned
-                layers (which would copy it at every step).
+            ValueError: T is more than `block_size`.
         """
         config = self.config
         T = tokens.shape[1]
         if config.block_size < T:
             raise ValueError(f"{T} tokens do not fit the model's context of {config.block_size}")
-        if cache is not None and not (positions is None and segment_ids is None):
-            raise ValueError("positions and segment_ids are for rows read at once, not for a cache")
-        if cache is not None and config.layers == "scanned":
-            raise ValueError("scanned layers are for training; unstack the parameters to decode with a cache")
-        start_B = jnp.zeros(tokens.shape[0], jnp.int32) if cache is None else cache.length
-        positions_BT = start_B[:, None] + jnp.arange(T)[None, :] if positions is None else positions
         init = nn.initializers.normal(INIT_STD)
         wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init, name="wte")
         wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init, name="wpe")
-        if positions is None and cache is None:  # every row has the same
-            position_BTD = wpe.embedding[None, :T]
-        else:
-            position_BTD = lookup(wpe.embedding, positions_BT, config.dtype)
+        # Without positions every row has the same.
+        same_TD = wpe.embedding[:T]
+        position_BTD = same_TD if positions is None else lookup(wpe.embedding, positions, config.dtype)
         x_BTD = (lookup(wte.embedding, tokens, config.dtype) + position_BTD).astype(config.dtype)
         x_BTD = split_by_rows(nn.Dropout(config.dropout)(x_BTD, deterministic=deterministic))
-        x_BTD, layers = self._blocks(x_BTD, positions_BT, segment_ids, cache, deterministic)
+        x_BTD = self._blocks(x_BTD, segment_ids, deterministic)
         x_BTD = _layer_norm(config, "ln_f")(x_BTD)
         with jax.named_scope("head"):
-            logits = tied_logits(x_BTD, wte.embedding)
-        if cache is None:
-            return logits, None
-        keys, values = zip(*((layer.keys, layer.values) for layer in layers), strict=True)
-        return logits, KVCache(keys=keys, values=values, length=cache.length + T)
+            return tied_logits(x_BTD, wte.embedding)
 
-    def _blocks(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array | None,
-        cache: KVCache | None,
-        deterministic: bool,
-    ) -> tuple[jax.Array, list[LayerCache]]:
+    def _blocks(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None, deterministic: bool) -> jax.Array:
         """All blocks one after the other, or one scanned over stacked parameters."""
         config = self.config
         block = _block_class(config)
@@ -236,17 +185,11 @@ class GPT(nn.Module):
                 in_axes=nn.broadcast,
                 length=config.n_layer,
             )
-            x_BTD, _ = scanned(config, deterministic, name="h")(x_BTD, positions_BT, segment_ids_BT, None)
-            return x_BTD, []
-        layers = []
+            x_BTD, _ = scanned(config, deterministic, name="h")(x_BTD, segment_ids_BT)
+            return x_BTD
         for layer in range(config.n_layer):
-            buffers = cache and LayerCache(cache.keys[layer], cache.values[layer], cache.length)
-            x_BTD, buffers = block(config, deterministic, name=f"h_{layer}")(
-                x_BTD, positions_BT, segment_ids_BT, buffers
-            )
-            if buffers is not None:
-                layers.append(buffers)
-        return x_BTD, layers
+            x_BTD, _ = block(config, deterministic, name=f"h_{layer}")(x_BTD, segment_ids_BT)
+        return x_BTD
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:

@@ -70,7 +70,7 @@ def sample_into(
     if folder.begun:
         folder.check(settings)
         if folder.finished:
-            return read_summary(folder)
+            return read_summary(folder) if folder.part == 0 else None
         folder.begin(settings)
     run = _Run(folder, model, prompts, request, settings=settings, target=target)
     try:

@@ -26,9 +26,9 @@ def settings_of(
     target: ValidTarget | None,
     time_limit: float,
 ) -> dict[str, Any]:
-    """All that the files of a run depend on, as JSON has it; the batch size is no part of it."""
+    """All that the files of a run depend on, as JSON has it; batch size and devices are no part of it."""
     asked = asdict(request)
-    del asked["batch_size"]
+    del asked["batch_size"], asked["tensor"]
     return json.loads(
         json.dumps(
             {

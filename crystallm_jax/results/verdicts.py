@@ -6,8 +6,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from crystallm_jax.api import Sample
-from crystallm_jax.evaluation import ValidatorPool
-from crystallm_jax.evaluation.report import Judgement
+from crystallm_jax.evaluation import Judgement, ValidatorPool
 from crystallm_jax.processes import Interruption
 from crystallm_jax.results.folder import CIF_FOLDER, SYMMETRIZED_FOLDER, ResultsFolder, file_name
 from crystallm_jax.results.journal import Entry, entry_of, judged_entry

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from crystallm_jax.model.config import ModelConfig
@@ -18,6 +17,7 @@ from crystallm_jax.model.inference import Weights
 from crystallm_jax.model.pages import empty_log, log_pages
 from crystallm_jax.sampling.constrain import AutomatonState, idle_state
 from crystallm_jax.sampling.decode import NO_TOKEN, Rules, decode_steps
+from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.places import (
     Forced,
     NewRows,
@@ -98,22 +98,23 @@ class Engine:
     Args:
         shape: what it is compiled for.
         weights: as prepared.
-        device: where it runs.
+        placement: where it runs.
     """
 
-    def __init__(self, shape: EngineShape, weights: Weights, device: jax.Device) -> None:
-        self._shape, self._weights, self._device = shape, jax.device_put(weights, device), device
+    def __init__(self, shape: EngineShape, weights: Weights, placement: Placement) -> None:
+        self.placement = placement
+        self._shape, self._weights = shape, placement.weights(weights)
         config, rows = shape.config, shape.rows
         automaton = shape.rules.automaton
-        with jax.default_device(device):
-            self._state = empty_rows(
-                rows,
-                config.block_size + 1,
-                config.vocab_size,
-                automaton=None if automaton is None else idle_state(automaton, rows),
-            )
-            self._log = empty_log(config, rows, shape.page, shape.dtype)
-        self._pool = Pool(config, rows, size=shape.page, dtype=shape.dtype, device=device)
+        state = empty_rows(
+            rows,
+            config.block_size + 1,
+            config.vocab_size,
+            automaton=None if automaton is None else idle_state(automaton, rows),
+        )
+        self._state = jax.device_put(state, placement.whole)
+        self._log = placement.made_by_heads(empty_log, config, rows, shape.page, shape.dtype)
+        self._pool = Pool(config, rows, size=shape.page, dtype=shape.dtype, placement=placement)
         self._rows: list[Row | None] = [None] * rows
         self._begun = [0.0] * rows
         self._lengths = np.zeros(rows, np.int32)
@@ -124,6 +125,11 @@ class Engine:
     def free(self) -> int:
         """Places without a row."""
         return self._rows.count(None)
+
+    @property
+    def taken(self) -> int:
+        """Places with a row."""
+        return len(self._rows) - self.free
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Begin rows, at most as many as there are free places."""
@@ -272,7 +278,7 @@ class Engine:
             )
         still = [i for i, plan in enumerate(plans) if not len(plan.forced)]
         if still:
-            nothing = jnp.zeros((1, self._shape.config.vocab_size))
+            nothing = np.zeros((1, self._shape.config.vocab_size), np.float32)
             self._go_on(places, still, plans, logits=nothing, log_prob=nothing[:, 0], source=[0] * len(still))
         self._lengths[places] += [len(plan.forced) for plan in plans]
 
@@ -297,8 +303,8 @@ class Engine:
         members: Sequence[int],
         plans: Sequence[Plan],
         *,
-        logits: jax.Array,
-        log_prob: jax.Array,
+        logits: jax.Array | np.ndarray,
+        log_prob: jax.Array | np.ndarray,
         source: Sequence[int],
     ) -> None:
         size = padded_count(len(members))

@@ -13,17 +13,19 @@ from crystallm_jax.model.config import DType
 from crystallm_jax.model.inference import prepare_weights
 from crystallm_jax.sampling.constrain import Automaton, Level
 from crystallm_jax.sampling.decode import Rules
+from crystallm_jax.sampling.devices import placements
 from crystallm_jax.sampling.engine import Ended, Engine, EngineShape, Row
 from crystallm_jax.sampling.keys import PromptKeys
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.orders import EverySample, Orders, Wanted
 from crystallm_jax.sampling.places import padded_count
+from crystallm_jax.sampling.rounds import all_rounds
 from crystallm_jax.sampling.slide import slide
 
 # What the published generator allows when its window slides (`max_new_tokens` of its generate_cifs.py).
 SLIDE_NEW_TOKENS = 3000
 # Positions of a page of the cache, and steps between two looks of the host.
-_PAGE = 16
+PAGE_SIZE = 16
 
 
 class Completion(NamedTuple):
@@ -55,7 +57,10 @@ class GenerationRequest:
         num_samples: samples a prompt.
         max_new_tokens: most tokens to add to a prompt; None goes on to the context's end.
         seed: of all randomness.
-        batch_size: rows decoded together; it changes no sample. None takes 64 on a CPU, 512 elsewhere.
+        batch_size: rows decoded together, over all devices; it changes no sample. None takes 64 for each replica of
+            the model on a CPU, 512 elsewhere.
+        tensor: devices that a replica of the model is split over; there are as many replicas as the devices allow.
+            It changes no sample but for rounding.
         overflow: `stop` ends a sample unfinished where the context ends; `slide` goes on as the published
             generator does, uncached and slow.
         constrain: what every sample is held to: `syntax` of the dialect, the prompt's `composition` too, or the
@@ -75,9 +80,10 @@ class GenerationRequest:
     constrain: Level | None = None
     jump_from: int | None = 16
     cache_dtype: DType | None = None
+    tensor: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "max_new_tokens"):
+        for name in ("num_samples", "batch_size", "max_new_tokens", "tensor"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SamplingError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -95,6 +101,7 @@ def generate(
     newline_id: int,
     request: GenerationRequest,
     orders: Orders | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[list[Completion]]:
     """Complete prompts of token ids (int [T] each), yielding completions as they are done.
 
@@ -108,9 +115,11 @@ def generate(
         newline_id: the token of which two in a row end a sample.
         request: how to sample.
         orders: which samples to make; None makes `num_samples` of each prompt.
+        devices: where to; None takes all of this process.
 
     Raises:
-        SamplingError: a prompt is empty or leaves no room in the context.
+        SamplingError: a prompt is empty or leaves no room in the context, or `tensor` does not divide the devices or
+            the heads.
     """
     for index, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= config.block_size:
@@ -118,30 +127,31 @@ def generate(
                 f"prompt {index} has {len(prompt)} tokens; the model's context takes 1 to {config.block_size}"
             )
     orders = orders or EverySample([request.num_samples] * len(prompts))
-    batch_size = request.batch_size or default_batch_size()
-    first = orders.take(batch_size)
-    # Places that would stay empty are left out.
-    rows = min(batch_size, padded_count(max(len(first), 1)))
+    places = placements(config, request.tensor, devices)
+    first = _first(orders, request.batch_size or default_batch_size() * len(places))
+    # Replicas and places that would stay empty are left out.
+    places = places[: max(len(first), 1)]
+    share = -(-max(len(first), 1) // len(places))
+    most = default_batch_size() if request.batch_size is None else -(-request.batch_size // len(places))
     rules = _rules(request, newline_id)
-    shape = EngineShape(config, rules, rows, _PAGE, request.cache_dtype or config.dtype)
-    engine = Engine(shape, prepare_weights(config, params), jax.devices()[0])
+    rows = min(most, padded_count(share))
+    shape = EngineShape(config, rules, rows, PAGE_SIZE, request.cache_dtype or config.dtype)
+    weights = prepare_weights(config, params)
+    engines = [Engine(shape, weights, place) for place in places]
     keys = PromptKeys(prompts, request.seed)
+
+    def rows_of(engine: Engine, wanted: Sequence[Wanted]) -> list[Row]:
+        whose = keys.of(wanted, engine.placement.whole)
+        return _rows(wanted, whose, config=config, prompts=prompts, request=request)
+
     beyond: list[Ended] = []
-    while True:
-        wanted = [*first, *orders.take(engine.free - len(first))]
-        first = []
-        engine.admit(_rows(wanted, config=config, prompts=prompts, keys=keys, request=request))
-        if engine.free == rows:
-            if orders.wait():
-                continue
-            break
-        engine.start()
-        ended = engine.finish()
+    for ended in all_rounds(engines, orders, first=first, rows_of=rows_of):
+        within = ended
         if request.overflow == "slide":
             beyond += [one for one in ended if _goes_beyond(one, config)]
-            ended = [one for one in ended if not _goes_beyond(one, config)]
-        if ended:
-            yield [_completion(one) for one in ended]
+            within = [one for one in ended if not _goes_beyond(one, config)]
+        if within:
+            yield [_completion(one) for one in within]
     for first_beyond in range(0, len(beyond), rows):
         part = beyond[first_beyond : first_beyond + rows]
         limits = [len(one.row.prompt) + (request.max_new_tokens or SLIDE_NEW_TOKENS) for one in part]
@@ -151,6 +161,17 @@ def generate(
 def default_batch_size() -> int:
     """Rows decoded together unless told: enough to fill the platform's arithmetic."""
     return 64 if jax.default_backend() == "cpu" else 512
+
+
+def _first(orders: Orders, most: int) -> Sequence[Wanted]:
+    """What there is to begin with, at most so many; waits where nothing is ready yet."""
+    wanted: list[Wanted] = []
+    while len(wanted) < most:
+        more = orders.take(most - len(wanted))
+        if not more and (wanted or not orders.wait()):
+            break
+        wanted += more
+    return wanted
 
 
 def _rules(request: GenerationRequest, newline_id: int) -> Rules:
@@ -163,14 +184,14 @@ def _rules(request: GenerationRequest, newline_id: int) -> Rules:
 
 def _rows(
     wanted: Sequence[Wanted],
+    keys: np.ndarray,
     *,
     config: ModelConfig,
     prompts: Sequence[np.ndarray],
-    keys: PromptKeys,
     request: GenerationRequest,
 ) -> list[Row]:
     rows = []
-    for one, key in zip(wanted, keys.of(wanted), strict=True):
+    for one, key in zip(wanted, keys, strict=True):
         prompt = np.asarray(prompts[one.prompt_index], np.int32)
         new = one.max_new_tokens or request.max_new_tokens or config.block_size
         # The token that follows a full context can still be drawn.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from crystallm_jax.sampling.orders import Wanted
 from crystallm_jax.sampling.places import padded, padded_count
@@ -20,7 +21,7 @@ class PromptKeys:
     """
 
     def __init__(self, prompts: Sequence[np.ndarray], seed: int) -> None:
-        self._root = jax.random.key_data(jax.random.key(seed))
+        self._root = np.asarray(jax.random.key_data(jax.random.key(seed)))
         seen: dict[bytes, int] = {}
         self._identities = np.zeros((len(prompts), 2), np.uint32)
         for index, prompt in enumerate(prompts):
@@ -28,13 +29,14 @@ class PromptKeys:
             occurrence = seen[content] = seen.get(content, -1) + 1
             self._identities[index] = zlib.crc32(content), occurrence
 
-    def of(self, wanted: Sequence[Wanted]) -> np.ndarray:
-        """The data of each sample's key, uint32 [R, ...]; on the host."""
+    def of(self, wanted: Sequence[Wanted], where: Sharding) -> np.ndarray:
+        """The data of each sample's key, uint32 [R, ...]; computed there, for other devices may be busy."""
         names = np.zeros((len(wanted), 3), np.uint32)
         for name, one in zip(names, wanted, strict=True):
             name[:2], name[2] = self._identities[one.prompt_index], one.sample_index
         size = padded_count(len(names))
-        return np.asarray(_keys(self._root, padded(names, size, fill=0)))[: len(names)]
+        placed = jax.device_put((self._root, padded(names, size, fill=0)), where)
+        return np.asarray(_keys(*placed))[: len(names)]
 
 
 @jax.jit

@@ -76,7 +76,7 @@ def empty_rows(batch_size: int, width: int, vocab_size: int, *, automaton: Autom
     return RowState(
         tokens=jnp.zeros((batch_size, width), jnp.int32),
         length=whole,
-        previous=jnp.full(batch_size, NO_TOKEN),
+        previous=jnp.full(batch_size, NO_TOKEN, jnp.int32),
         logits=jnp.zeros((batch_size, vocab_size)),
         log_prob=jnp.zeros(batch_size),
         finished=jnp.zeros(batch_size, bool),

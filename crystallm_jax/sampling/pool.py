@@ -1,6 +1,7 @@
 """The pool of pages: who has which, which are free, and how it grows."""
 
 import heapq
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,29 +9,20 @@ import numpy as np
 
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.pages import Pages, PageTable, empty_pages, put_pages
+from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.places import padded, padded_count
 
-# Elsewhere than on a CPU the pool is one block, which grows by so much.
-_GROWTH = 1.5
+# On a CPU the pool is several blocks, of which a step reads those in use: small ones first, so that it reads few pages
+# that nobody has. They hold whole contexts of all rows, up to so much memory; then as many are added again.
+# Elsewhere it is one block, all of which is read: it begins with so many positions a row and grows by so much.
+_SHARES = (1, 1, 1, 1, 2, 2, 4, 4)
+_MOST_BYTES = 2**30
+_BEGINNING, _GROWTH = 256, 1.5
 
 
-@jax.jit
-def _gather(blocks: tuple[Pages, ...], pages: jax.Array) -> Pages:
-    def of(*leaves: jax.Array) -> jax.Array:
-        each = leaves[0].shape[0]
-        parts = [
-            jnp.take(leaf, pages - number * each, axis=0, mode="fill", fill_value=0)
-            for number, leaf in enumerate(leaves)
-        ]
-        # What is no page of a block comes out of it as zeros; negative numbers would count from its end.
-        found = [(pages >= number * each) & (pages < (number + 1) * each) for number in range(len(leaves))]
-        shape = (-1, *[1] * (leaves[0].ndim - 1))
-        return sum(
-            (jnp.where(here.reshape(shape), part, 0) for here, part in zip(found, parts, strict=True)),
-            jnp.zeros_like(parts[0]),
-        )
-
-    return jax.tree.map(of, *blocks)
+def pages_of_longest(config: ModelConfig, size: int) -> int:
+    """Pages that a text of the whole context has, and some for where one was begun before the last was full."""
+    return -(-config.block_size // size) + 8
 
 
 class Pool:
@@ -43,7 +35,7 @@ class Pool:
         rows: of the batch.
         size: S, positions of a page.
         dtype: of keys and values.
-        device: where the pages are.
+        placement: where the pages are.
     """
 
     def __init__(
@@ -53,15 +45,15 @@ class Pool:
         *,
         size: int,
         dtype: str,
-        device: jax.Device | jax.sharding.Sharding,
+        placement: Placement,
     ) -> None:
         self.size = size
-        self._config, self._rows, self._dtype, self._device = config, rows, dtype, device
-        # Of a whole text, and some for where a page was begun before the last one was full.
-        self._longest = -(-config.block_size // size) + 8
-        self._in_blocks = jax.default_backend() == "cpu"
-        self._block = max(4 * rows, 16)
+        self._config, self._rows, self._dtype, self._placement = config, rows, dtype, placement
+        self._longest = pages_of_longest(config, size)
+        self._in_blocks = placement.platform == "cpu"
         self.blocks: tuple[Pages, ...] = ()
+        # Where each block's pages begin, and where the last one's end.
+        self._begins = np.zeros(1, np.int64)
         self._owner = np.zeros(0, np.int32)
         self._fill = np.zeros(0, np.int32)
         self._free: list[int] = []
@@ -94,22 +86,23 @@ class Pool:
 
     def put(self, pages: Pages, source: list[int], target: list[int]) -> None:
         """Write pages [source] into the places [target]."""
-        of_block = np.array(target, np.int32) // self._block
-        for number in np.unique(of_block):
-            chosen = of_block == number
-            size = padded_count(max(int(chosen.sum()), 8))
-            places = np.array(target, np.int32)[chosen] - number * self._block
-            block = put_pages(
-                self.blocks[number],
-                pages,
-                padded(np.array(source, np.int32)[chosen], size, fill=0),
-                padded(places, size, fill=self._block),
-            )
+        for number, chosen, places in self._by_block(target):
+            block = _copied(self.blocks[number], pages, source=np.array(source)[chosen], target=places)
             self.blocks = (*self.blocks[:number], block, *self.blocks[number + 1 :])
 
     def gather(self, pages: list[int], size: int) -> Pages:
-        """A copy of pages, with others after them up to `size`."""
-        return _gather(self.blocks, padded(np.array(pages, np.int32), size, fill=0))
+        """A copy of pages, with empty ones after them up to `size`."""
+        copy = self._new(size)
+        for number, chosen, places in self._by_block(pages):
+            copy = _copied(copy, self.blocks[number], source=places, target=np.flatnonzero(chosen))
+        return copy
+
+    def _by_block(self, pages: list[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Each block that some of the pages are in, which they are (bool), and their places in it."""
+        numbers = np.searchsorted(self._begins, pages, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            yield number, chosen, np.array(pages)[chosen] - self._begins[number]
 
     def table(self) -> PageTable:
         """The book, on the device."""
@@ -121,32 +114,53 @@ class Pool:
         for row, own in enumerate(self._pages):
             pages[row, : len(own)] = own
         used = np.flatnonzero(self._owner < self._rows)
-        blocks = int(used[-1]) // self._block + 1 if len(used) else 0
+        blocks = int(np.searchsorted(self._begins, used[-1], side="right")) if len(used) else 0
         book = PageTable(self._owner, self._fill, pages, np.int32(blocks))
-        return jax.device_put(book, self._device) if isinstance(self._device, jax.Device) else book
+        return jax.device_put(book, self._placement.whole)
 
     def _grow(self) -> None:
-        """More free pages: as many blocks again, or, as one block, half as many pages again."""
+        """More free pages: more blocks, or, as one block, half as many pages again."""
         before = len(self._owner)
         if self._in_blocks:
-            count = max(len(self.blocks), 2)
-            self.blocks += tuple(self._new(self._block) for _ in range(count))
-            after = before + count * self._block
+            unit = self._unit()
+            self.blocks += tuple(self._new(share * unit) for share in _SHARES)
         elif not self.blocks:
-            after = self._block
-            self.blocks = (self._new(after),)
+            self.blocks = (self._new(max(_BEGINNING // self.size * self._rows, 16)),)
         else:
-            after = self._block = int(before * _GROWTH)
-            extra = after - before
+            extra = int(before * (_GROWTH - 1))
             self.blocks = (
                 jax.tree.map(
                     lambda leaf: jnp.pad(leaf, [(0, extra), *[(0, 0)] * (leaf.ndim - 1)]), self.blocks[0]
                 ),
             )
+        self._begins = np.cumsum([0, *(len(block.keys[0]) for block in self.blocks)])
+        after = int(self._begins[-1])
         self._owner = np.concatenate([self._owner, np.full(after - before, self._rows, np.int32)])
         self._fill = np.concatenate([self._fill, np.zeros(after - before, np.int32)])
         for page in range(before, after):
             heapq.heappush(self._free, page)
 
+    def _unit(self) -> int:
+        """Pages of the smallest block."""
+        config, parts = self._config, sum(_SHARES)
+        wanted = self._rows * (-(-config.block_size // self.size) + 1)
+        page_bytes = 2 * config.n_layer * config.n_embd * self.size * jnp.dtype(self._dtype).itemsize
+        return max(
+            -(-wanted // parts) if wanted * page_bytes < _MOST_BYTES else _MOST_BYTES // page_bytes // parts,
+            4,
+        )
+
     def _new(self, count: int) -> Pages:
-        return jax.device_put(empty_pages(self._config, count, self.size, self._dtype), self._device)
+        return self._placement.made_by_heads(empty_pages, self._config, count, self.size, self._dtype)
+
+
+def _copied(into: Pages, pages: Pages, *, source: np.ndarray, target: np.ndarray) -> Pages:
+    """Pages `into`, which are donated, with pages [source] in the places [target]."""
+    size = padded_count(max(len(source), 8))
+    beyond = len(into.keys[0])
+    return put_pages(
+        into,
+        pages,
+        padded(source.astype(np.int32), size, fill=0),
+        padded(target.astype(np.int32), size, fill=beyond),
+    )

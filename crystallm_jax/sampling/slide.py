@@ -59,7 +59,7 @@ def _slide(config: ModelConfig, rules: Rules, *, params: dict, state: RowState) 
         return jax.lax.dynamic_slice_in_dim(tokens, length - T, T)
 
     def step(state: RowState) -> RowState:
-        logits, _ = GPT(config).apply({"params": params}, jax.vmap(window)(state.tokens, state.length))
+        logits = GPT(config).apply({"params": params}, jax.vmap(window)(state.tokens, state.length))
         return append_drawn(rules, replace(state, logits=logits[:, -1]))
 
     return jax.lax.while_loop(lambda state: jnp.any(state.active), step, state)

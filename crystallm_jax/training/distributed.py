@@ -191,8 +191,8 @@ class LateMaximum:
 
 
 @contextlib.contextmanager
-def peers_watched() -> Iterator[None]:
-    """Say in one line that another process is gone, where a collective operation fails.
+def peers_watched(again: str = "existing_run=resume") -> Iterator[None]:
+    """Say in one line that another process is gone, where a collective operation fails, and to start all `again` so.
 
     Raises:
         PeerLostError: it is.
@@ -204,7 +204,7 @@ def peers_watched() -> Iterator[None]:
             raise
         raise PeerLostError(
             f"process {jax.process_index()} of {jax.process_count()} has lost another, whose own messages say why"
-            f" ({str(error).splitlines()[0]}); start all again with existing_run=resume"
+            f" ({str(error).splitlines()[0]}); start all again with {again}"
         ) from error
 
 

@@ -108,7 +108,7 @@ def batch_loss(
     The mean is over the targets that count, so a packed batch gives that of its records, each alone, by tokens.
     """
     tokens = jnp.asarray(batch.tokens, jnp.int32)
-    logits, _ = GPT(config).apply(
+    logits = GPT(config).apply(
         {"params": params},
         tokens[:, :-1],
         positions=None if batch.positions is None else jnp.asarray(batch.positions, jnp.int32),

@@ -75,13 +75,8 @@ def advance(
         node=jnp.where(field_done | (node == Node.SCRIPT), Node.SCRIPT, new.node),
     )
     new = _read_formula(automaton, state, new, target=new.node, token=token, digit=digit)
-    new = _begin(automaton, new, begin)
-    return _enter_field(automaton, new).where(active, state)
-
-
-def skip(automaton: Automaton, state: AutomatonState, count: jax.Array) -> AutomatonState:
-    """The registers after so many tokens [B] of the run, at most `run_length`."""
-    return _enter_field(automaton, replace(state, place=state.place + count, room=state.room - count))
+    new = begin_number(automaton, new, begin)
+    return enter_field(automaton, new).where(active, state)
 
 
 def _read(
@@ -203,8 +198,8 @@ def _occupy(automaton: Automaton, state: AutomatonState) -> AutomatonState:
     return replace(after, index=state.index - steps * stride - next_level, taken=state.taken + weight)
 
 
-def _begin(automaton: Automaton, state: AutomatonState, slot: jax.Array) -> AutomatonState:
-    """The registers at the beginning of a number in a row, where `slot` [B] names one."""
+def begin_number(automaton: Automaton, state: AutomatonState, slot: jax.Array) -> AutomatonState:
+    """The registers at the beginning of a number in a row, where `slot` [B] names one; -1 names none."""
     is_label, is_multiplicity = slot == Slot.LABEL, slot == Slot.MULTIPLICITY
     is_coordinate = (slot >= Slot.X) & (slot <= Slot.Z)
     least, most = _multiplicity_bounds(automaton, state)
@@ -235,7 +230,7 @@ def _multiplicity_bounds(automaton: Automaton, state: AutomatonState) -> tuple[j
     return jnp.where(several, 1, left), left
 
 
-def _enter_field(automaton: Automaton, state: AutomatonState) -> AutomatonState:
+def enter_field(automaton: Automaton, state: AutomatonState) -> AutomatonState:
     """The registers at the beginning of a field, in rows whose script has come to one."""
     here = (state.node == Node.SCRIPT) & (state.place == script_end(state))
     kind = jnp.take_along_axis(state.kinds, state.field[:, None], axis=1)[:, 0]

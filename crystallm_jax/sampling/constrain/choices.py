@@ -39,7 +39,7 @@ from crystallm_jax.sampling.constrain.nodes import (
     tables,
     token_set,
 )
-from crystallm_jax.sampling.constrain.script import run_tokens
+from crystallm_jax.sampling.constrain.script import script_tokens
 from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, REMEMBERED_SITES, AutomatonState
 
 _DIGIT_SETS = np.stack([token_set([digit]) for digit in DIGITS])
@@ -82,7 +82,7 @@ def allowed(automaton: Automaton, state: AutomatonState) -> jax.Array:
     full = jnp.asarray(_COUNT_NODES)[node] & (state.digits >= MAX_COUNT_DIGITS)
     sets = jnp.where(full[:, None], sets & ~_union(_DIGIT_SETS), sets)
     choices = site_choices(state) if automaton.level == "symmetry" else None
-    scripted = run_tokens(automaton, state, 1)[:, 0]
+    scripted = script_tokens(state, 1)[:, 0]
     forced = jnp.where(node == Node.LABEL_ELEMENT, state.symbol, scripted)
     is_forced = (node == Node.SCRIPT) | (node == Node.LABEL_ELEMENT)
     ways = (

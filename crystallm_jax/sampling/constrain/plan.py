@@ -23,7 +23,7 @@ from crystallm_jax.sampling.constrain.sites import Counts, SitePlan, groups_with
 from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, AutomatonState, RowPlan, empty_row
 
 _BEGINNING = re.compile(
-    rf"data_(?:([A-Za-z0-9.]+)\n(?:loop_\n[\s\S]*?{SPACEGROUP_TAG} +(\S+){SPACEGROUP_SUFFIX}(\n?))?)?"
+    rf"data_(?:([A-Za-z0-9.]+)\n(?:loop_\n([\s\S]*?){SPACEGROUP_TAG} +(\S+){SPACEGROUP_SUFFIX}(\n?))?)?"
 )
 # Tokens of the rest of a text that hang on the composition but are not counted by element and digit: number of
 # formula units, quotes, brackets.
@@ -49,7 +49,7 @@ def _plan(level: Level, ids: np.ndarray, limit: int) -> RowPlan:
             f"prompt {written[:60]!r} cannot be constrained: it must be 'data_', or end with the data_ line or with "
             f"the {SPACEGROUP_TAG} line; make it with make_prompt"
         )
-    formula, symbol, ended = beginning.groups()
+    formula, block, symbol, ended = beginning.groups()
     if formula is None:
         return _row(
             _data_layout(level), _any_sites(level), used=len(ids), limit=limit, what="a file", level=level
@@ -65,6 +65,11 @@ def _plan(level: Level, ids: np.ndarray, limit: int) -> RowPlan:
         )
     if symbol is None:
         return _before_group(level, counts, used=len(ids), limit=limit)
+    described = [row.split()[0] for row in block.splitlines() if row.strip() and not row.startswith("_")]
+    if level != "syntax" and set(described) != {element for element, _ in counts}:
+        raise SamplingError(
+            f"the prompt has the properties of {', '.join(described)[:60]}, not of {what}: make it with make_prompt"
+        )
     layout = _after_group(level, counts, symbol)
     if ended:
         layout = Layout((layout.pieces[0][1:], *layout.pieces[1:]), layout.kinds)

@@ -4,22 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystallm_jax.sampling.constrain.automaton import Automaton
-from crystallm_jax.sampling.constrain.nodes import DECIMALS, DIGITS, POINT, Node
+from crystallm_jax.sampling.constrain.nodes import DECIMALS, DIGITS, POINT
 from crystallm_jax.sampling.constrain.state import SCRIPT_TOKENS, AutomatonState
 
 _TENS = 10 ** np.arange(10, dtype=np.int32)
 
 
-def run_length(automaton: Automaton, state: AutomatonState) -> jax.Array:
-    """Int32 [B]: forced tokens that lie ahead; 0 where a choice is free, or the row waits or is done."""
-    del automaton
-    return jnp.where(state.node == Node.SCRIPT, script_end(state) - state.place, 0)
-
-
-def run_tokens(automaton: Automaton, state: AutomatonState, count: int) -> jax.Array:
-    """Int32 [B, count]: the next tokens of the script; anything beyond the run's end."""
-    del automaton
+def script_tokens(state: AutomatonState, count: int) -> jax.Array:
+    """Int32 [B, count]: the next tokens of the script; anything beyond its end."""
     place = state.place[:, None] + np.arange(count)
     extra = state.edge_digits[:, None] + DECIMALS  # tokens of a repeated length, but for one
     first, second = state.repeats[:, :1], state.repeats[:, 1:] + extra
