@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -397,6 +398,14 @@ def test_the_decode_step_compiles_for_one_chip(placed: Slice) -> None:
     pages = 2 * CONFIG.n_layer * 16 * (CONFIG.block_size // 2) * CONFIG.n_embd * 2
     assert pages < report.memory.arguments
     assert report.memory.temporaries + report.memory.outputs < pages
+
+
+def test_a_split_decode_step_sends_two_sums_of_activations_a_layer(placed: Slice) -> None:
+    report = compile_decoding(replace(CONFIG, tensor=2), VOCABULARY, placed, batch_size=16)
+    assert report.devices == 2
+    (sent,) = report.traffic
+    assert (sent.kind, sent.axes, sent.count) == ("all-reduce", ("tensor",), 2 * CONFIG.n_layer)
+    assert sent.bytes == sent.count * 4 * 16 * CONFIG.n_embd
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.convert.published import parameter_table
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.sampling.decode import decode_steps, read_texts
+from crystallm_jax.sampling.decode import decoder, read_texts
 from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
 from crystallm_jax.sampling.methods import SamplingMethod, filtered_logits
 
@@ -159,7 +159,7 @@ def test_rows_slide_beside_rows_that_are_done(params: dict[str, Any]) -> None:
 
 def test_long_texts_take_one_compiled_reading_and_step() -> None:
     params = _random_params(LONG, 2)
-    before = read_texts._cache_size(), decode_steps._cache_size()
+    before = read_texts._cache_size(), decoder("cpu")._cache_size()
     prompts = [np.arange(5) * 31 + 9, *(np.arange(n) * 13 % 371 for n in (20, 33))]
     for row in _complete(LONG, params, prompts, batch_size=4):
         tokens = np.array(row.token_ids)
@@ -168,10 +168,10 @@ def test_long_texts_take_one_compiled_reading_and_step() -> None:
         first = len(prompts[row.prompt_index])
         assert tokens[first:].tolist() == best[first - 1 :].tolist()
     # One reading, of 64 columns.
-    assert (read_texts._cache_size() - before[0], decode_steps._cache_size() - before[1]) == (1, 1)
+    assert (read_texts._cache_size() - before[0], decoder("cpu")._cache_size() - before[1]) == (1, 1)
     other = [prompts[1][:19], prompts[0] + 1, prompts[2] + 1]
-    _complete(LONG, params, other, seed=3, batch_size=4, max_new_tokens=100)
-    assert (read_texts._cache_size() - before[0], decode_steps._cache_size() - before[1]) == (1, 1)
+    _complete(LONG, params, other, seed=3, batch_size=4, max_new_tokens=LONG.block_size - 50)
+    assert (read_texts._cache_size() - before[0], decoder("cpu")._cache_size() - before[1]) == (1, 1)
 
 
 def test_golden_greedy_tokens(golden: Path) -> None:
@@ -354,7 +354,7 @@ def test_samples_come_as_they_are_done_and_steps_are_compiled_once(few_params: d
         return [(prompt, sample) for prompt in range(prompts) for sample in (0, 1)]
 
     assert names(PROMPTS[:4], 0, 7) == all_of(4)
-    before = decode_steps._cache_size()
+    before = decoder("cpu")._cache_size()
     assert names(PROMPTS[::-1], 1, 20) == all_of(5)
     assert names([PROMPTS[0][:2]] * 3, 2, 3) == all_of(3)
-    assert decode_steps._cache_size() == before
+    assert decoder("cpu")._cache_size() == before

@@ -19,7 +19,18 @@ from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.training.stop import EXIT_AGAIN
 
 ROOT = Path(__file__).parents[1]
-SAMPLES = ("--num-samples", "3", "--batch-size", "4", "--seed", "5", "--workers", "1", "--top-k", "371")
+SAMPLES = (
+    "--num-samples",
+    "3",
+    "--batch-size",
+    "4",
+    "--seed",
+    "5",
+    "--workers",
+    "1",
+    "--max-new-tokens",
+    "12",
+)
 # Runs the command line; the process of the given number dies when it has written so many CIFs.
 _PROCESS = """
 import os, signal, sys

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from crystallm_jax.ahead.count import Costs, count_costs, count_round
 from crystallm_jax.ahead.groups import Groups, spanned_axes
@@ -24,7 +24,8 @@ from crystallm_jax.model import ModelConfig, count_params, flops_per_token, init
 from crystallm_jax.model.attention import choose_backend
 from crystallm_jax.model.inference import prepare_weights
 from crystallm_jax.model.pages import PageTable, empty_log, empty_pages
-from crystallm_jax.sampling.decode import Rules, decode_steps
+from crystallm_jax.sampling.decode import Rules, decoder
+from crystallm_jax.sampling.devices import placements
 from crystallm_jax.sampling.generate import PAGE_SIZE
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.places import empty_rows
@@ -173,12 +174,13 @@ def with_micro_batches(report: Report, compiled: int, wanted: int) -> Report:
 
 
 def compile_decoding(config: TrainConfig, vocab_size: int, placed: Slice, *, batch_size: int) -> Report:
-    """Compile the loop that decodes, on one device of the slice, and count a token of each row.
+    """Compile the loop that decodes, on as many devices of the slice as `tensor` says, and count a token of each row.
 
     The pool of pages is one block, as on accelerators, with room for half a context of each row: rows that come and go
     in a continuous batch are half done on average.
 
     Raises:
+        SamplingError: `tensor` does not divide the heads.
         MemoryExceededError: the step does not fit the chip's memory.
     """
     model_config = replace(
@@ -188,21 +190,35 @@ def compile_decoding(config: TrainConfig, vocab_size: int, placed: Slice, *, bat
         dropout=0.0,
         attention_dropout=0.0,
     )
-    mesh = make_mesh(1, 1, placed.devices[:1])
-    whole = NamedSharding(mesh, PartitionSpec())
+    tensor = config.tensor
+    mesh = make_mesh(1, 1, placed.devices[:tensor], tensor=tensor)
+    placement = placements(model_config, tensor, list(mesh.devices.flat))[0]
     params = jax.eval_shape(lambda key: init_params(model_config, key), jax.random.key(0))
     named = jax.eval_shape(partial(_decoding_arguments, model_config, batch_size), params)
+    where = dict.fromkeys(named, placement.whole) | dict.fromkeys(("blocks", "log"), placement.by_heads)
     report = _report(
         "decode step",
-        decode_steps,
+        decoder("tpu"),
         (model_config, Rules(SamplingMethod(), newline_id=0)),
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), named),
+        {
+            **{
+                name: _placed(tree, jax.tree.map(lambda _, name=name: where[name], tree))
+                for name, tree in named.items()
+            },
+            "weights": _placed(named["weights"], placement.weight_shardings(named["weights"])),
+        },
         placed=placed,
         mesh=mesh,
         tokens=batch_size,
         model_flops=batch_size * _decode_flops(model_config, count_params(params)),
     )
     return _recounted(report, count_round(report.module, report.devices))
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )
 
 
 def _decoding_arguments(config: ModelConfig, rows: int, params: dict) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def add_parser(verbs: Any) -> None:
         "--decode",
         type=int,
         metavar="ROWS",
-        help="compile the step that decodes so many rows on one chip instead",
+        help="compile the step that decodes so many rows on one chip (tensor=N: on N chips) instead",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crystallm_jax.model.pages import Pages
 from crystallm_jax.model.precision import matmul_precision
@@ -24,8 +25,8 @@ class Before(NamedTuple):
     """
 
     pages: Pages
-    fill: jax.Array
-    text: jax.Array
+    fill: jax.Array | np.ndarray
+    text: jax.Array | np.ndarray
 
 
 def attend_columns(

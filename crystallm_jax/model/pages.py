@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crystallm_jax.model.config import ModelConfig
 
@@ -57,10 +58,10 @@ class PageTable:
         blocks: int32 []; blocks beyond the last one in use may be passed over.
     """
 
-    owner: jax.Array
-    fill: jax.Array
-    pages: jax.Array
-    blocks: jax.Array
+    owner: jax.Array | np.ndarray
+    fill: jax.Array | np.ndarray
+    pages: jax.Array | np.ndarray
+    blocks: jax.Array | np.ndarray
 
 
 def empty_pages(config: ModelConfig, count: int, size: int, dtype: str) -> Pages:

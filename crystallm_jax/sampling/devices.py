@@ -45,14 +45,15 @@ class Placement:
 
     def weights(self, weights: Weights) -> Weights:
         """The weights where they belong."""
-        return jax.device_put(weights, self._weight_shardings(weights))
+        return jax.device_put(weights, self.weight_shardings(weights))
 
     def made_by_heads(self, make: Callable[..., Any], *arguments: Hashable) -> Any:
         """What the function makes of the arguments, made where it belongs."""
         numbers = tuple(range(len(arguments)))
         return jax.jit(make, static_argnums=numbers, out_shardings=self.by_heads)(*arguments)
 
-    def _weight_shardings(self, weights: Weights) -> Weights:
+    def weight_shardings(self, weights: Weights) -> Weights:
+        """Where each belongs."""
         first, second = self._split(TENSOR), self._split(None, TENSOR)
 
         def affine(of: Affine, kernel: Sharding, bias: Sharding) -> Affine:

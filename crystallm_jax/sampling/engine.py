@@ -16,7 +16,7 @@ from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.inference import Weights
 from crystallm_jax.model.pages import empty_log, log_pages
 from crystallm_jax.sampling.constrain import AutomatonState, idle_state
-from crystallm_jax.sampling.decode import NO_TOKEN, Rules, decode_steps
+from crystallm_jax.sampling.decode import NO_TOKEN, Rules, decoder
 from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.places import (
     Forced,
@@ -67,7 +67,7 @@ class Ended(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a row goes on: int32 tokens that must follow now, and where it stands behind them (None without automaton)."""
+    """How a row goes on: the tokens that must follow now, int32, and where it stands behind them."""
 
     forced: np.ndarray
     state: AutomatonState | None
@@ -83,6 +83,7 @@ class EngineShape:
         rows: B.
         page: S, positions of a page and steps between two looks of the host.
         dtype: of keys and values.
+        longest: tokens of the longest text to come.
     """
 
     config: ModelConfig
@@ -90,6 +91,7 @@ class EngineShape:
     rows: int
     page: int
     dtype: str
+    longest: int
 
 
 class Engine:
@@ -103,6 +105,8 @@ class Engine:
 
     def __init__(self, shape: EngineShape, weights: Weights, placement: Placement) -> None:
         self.placement = placement
+        # Here, not at the first step: engines begin together, each in a thread of its own.
+        self._decode = decoder(placement.platform)
         self._shape, self._weights = shape, placement.weights(weights)
         config, rows = shape.config, shape.rows
         automaton = shape.rules.automaton
@@ -114,7 +118,9 @@ class Engine:
         )
         self._state = jax.device_put(state, placement.whole)
         self._log = placement.made_by_heads(empty_log, config, rows, shape.page, shape.dtype)
-        self._pool = Pool(config, rows, size=shape.page, dtype=shape.dtype, placement=placement)
+        self._pool = Pool(
+            config, rows, size=shape.page, dtype=shape.dtype, placement=placement, longest=shape.longest
+        )
         self._rows: list[Row | None] = [None] * rows
         self._begun = [0.0] * rows
         self._lengths = np.zeros(rows, np.int32)
@@ -169,7 +175,7 @@ class Engine:
     def start(self) -> None:
         """Go on by a page of steps, without waiting for them."""
         shape = self._shape
-        self._state, self._log = decode_steps(
+        self._state, self._log = self._decode(
             shape.config,
             shape.rules,
             weights=self._weights,
@@ -294,7 +300,7 @@ class Engine:
                 plans.append(self._plan(seen.tokens[i, : seen.length[i]], row.limit))
             else:
                 state = jax.tree.map(lambda leaf, i=i: leaf[i], ahead.automaton)
-                plans.append(Plan(ahead.tokens[i, : ahead.count[i]], state))
+                plans.append(Plan(ahead.tokens[i, : ahead.counts[i]], state))
         return plans
 
     def _go_on(

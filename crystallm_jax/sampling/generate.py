@@ -135,7 +135,10 @@ def generate(
     most = default_batch_size() if request.batch_size is None else -(-request.batch_size // len(places))
     rules = _rules(request, newline_id)
     rows = min(most, padded_count(share))
-    shape = EngineShape(config, rules, rows, PAGE_SIZE, request.cache_dtype or config.dtype)
+    new = request.max_new_tokens or config.block_size
+    # In a few sizes: each is another program.
+    longest = min(max(padded_count(max(map(len, prompts), default=0) + new), 256), config.block_size)
+    shape = EngineShape(config, rules, rows, PAGE_SIZE, request.cache_dtype or config.dtype, longest)
     weights = prepare_weights(config, params)
     engines = [Engine(shape, weights, place) for place in places]
     keys = PromptKeys(prompts, request.seed)

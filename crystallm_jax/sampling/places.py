@@ -28,11 +28,11 @@ class NewRows(NamedTuple):
         automaton: where each stands; None without an automaton.
     """
 
-    tokens: np.ndarray
-    length: np.ndarray
-    previous: np.ndarray
-    limit: np.ndarray
-    key: np.ndarray
+    tokens: jax.Array | np.ndarray
+    length: jax.Array | np.ndarray
+    previous: jax.Array | np.ndarray
+    limit: jax.Array | np.ndarray
+    key: jax.Array | np.ndarray
     automaton: AutomatonState | None
 
 
@@ -41,22 +41,22 @@ class Forced(NamedTuple):
 
     Attributes:
         tokens: int32 [R, K].
-        count: int32 [R]; how many of them.
+        counts: int32 [R]; how many of them.
         automaton: where each row stands behind them.
     """
 
     tokens: jax.Array | np.ndarray
-    count: jax.Array | np.ndarray
+    counts: jax.Array | np.ndarray
     automaton: AutomatonState | None
 
 
 class Finished(NamedTuple):
     """What became of rows: tokens int32 [R, T], length int32 [R], log_prob float32 [R], finished bool [R]."""
 
-    tokens: np.ndarray
-    length: np.ndarray
-    log_prob: np.ndarray
-    finished: np.ndarray
+    tokens: jax.Array | np.ndarray
+    length: jax.Array | np.ndarray
+    log_prob: jax.Array | np.ndarray
+    finished: jax.Array | np.ndarray
 
 
 def padded_count(count: int) -> int:
@@ -99,7 +99,7 @@ def fill_places(
 ) -> RowState:
     """The state with new rows in `places` [R], their logits and log-probabilities taken from rows [source]."""
 
-    def put(into: jax.Array, rows: jax.Array) -> jax.Array:
+    def put(into: jax.Array, rows: jax.Array | np.ndarray) -> jax.Array:
         return into.at[places].set(rows, mode="drop")
 
     nothing = jnp.zeros(places.shape[0], bool)
@@ -112,7 +112,7 @@ def fill_places(
         finished=put(state.finished, nothing),
         held=put(state.held, nothing),
         limit=put(state.limit, new.limit),
-        keys=put(state.keys, jax.random.wrap_key_data(new.key)),
+        keys=put(state.keys, jax.random.wrap_key_data(jnp.asarray(new.key))),
         automaton=jax.tree.map(put, state.automaton, new.automaton),
     )
 
@@ -150,7 +150,7 @@ def go_on(
         log_prob: float32; row [source] is the sum over the forced tokens but the first.
         source: int32 [R].
     """
-    tokens, count, automaton = forced
+    tokens, count, automaton = jnp.asarray(forced.tokens), jnp.asarray(forced.counts), forced.automaton
     K = tokens.shape[1]
     old = jax.tree.map(lambda leaf: jnp.take(leaf, places, axis=0, mode="clip"), state)
     some, steps = count > 0, jnp.arange(K)
@@ -165,7 +165,7 @@ def go_on(
         held = run_length(rules.automaton, automaton) >= rules.jump_from
     place = jnp.where(steps < count[:, None], old.length[:, None] + steps, state.tokens.shape[1])
 
-    def put(into: jax.Array, rows: jax.Array) -> jax.Array:
+    def put(into: jax.Array, rows: jax.Array | np.ndarray) -> jax.Array:
         return into.at[places].set(rows, mode="drop")
 
     return replace(

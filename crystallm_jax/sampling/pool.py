@@ -36,6 +36,7 @@ class Pool:
         size: S, positions of a page.
         dtype: of keys and values.
         placement: where the pages are.
+        longest: tokens of the longest text to come; None takes the context.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Pool:
         size: int,
         dtype: str,
         placement: Placement,
+        longest: int | None = None,
     ) -> None:
         self.size = size
         self._config, self._rows, self._dtype, self._placement = config, rows, dtype, placement
         self._longest = pages_of_longest(config, size)
+        self._wanted = rows * (-(-(longest or config.block_size) // size) + 1)
         self._in_blocks = placement.platform == "cpu"
         self.blocks: tuple[Pages, ...] = ()
         # Where each block's pages begin, and where the last one's end.
@@ -115,7 +118,7 @@ class Pool:
             pages[row, : len(own)] = own
         used = np.flatnonzero(self._owner < self._rows)
         blocks = int(np.searchsorted(self._begins, used[-1], side="right")) if len(used) else 0
-        book = PageTable(self._owner, self._fill, pages, np.int32(blocks))
+        book = PageTable(self._owner, self._fill, pages, np.array(blocks, np.int32))
         return jax.device_put(book, self._placement.whole)
 
     def _grow(self) -> None:
@@ -143,7 +146,7 @@ class Pool:
     def _unit(self) -> int:
         """Pages of the smallest block."""
         config, parts = self._config, sum(_SHARES)
-        wanted = self._rows * (-(-config.block_size // self.size) + 1)
+        wanted = self._wanted
         page_bytes = 2 * config.n_layer * config.n_embd * self.size * jnp.dtype(self._dtype).itemsize
         return max(
             -(-wanted // parts) if wanted * page_bytes < _MOST_BYTES else _MOST_BYTES // page_bytes // parts,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from crystallm_jax.model.columns import Before
@@ -96,7 +97,7 @@ def _read_group(
         pages[page : page + count] = np.minimum(places, size - 1).reshape(count, S)
         parts.append((list(range(page, page + count)), [min(S, T - first) for first in range(0, T, S)]))
         column, page = column + T, page + count
-    columns = Columns(token, position, text, target, pages, last)
+    columns = Columns(*map(jnp.asarray, (token, position, text, target, pages, last)))
     reading = read_texts(config, dtype, weights=weights, columns=columns, before=_before(group, pool))
     return [Read(reading, number, *part) for number, part in enumerate(parts)]
 

@@ -32,7 +32,7 @@ def all_rounds(
     with ThreadPoolExecutor(len(engines), thread_name_prefix="engine") as threads:
         while True:
             for engine in resting.copy():
-                wanted = shares.pop(0) if shares else orders.take(engine.free)
+                wanted = (shares.pop(0) if shares else []) or orders.take(engine.free)
                 if wanted or engine.taken:
                     going[threads.submit(_round, engine, wanted, rows_of)] = engine
                     resting.remove(engine)

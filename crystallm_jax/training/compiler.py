@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -23,16 +24,16 @@ SEVERAL_GPUS = {
 logger = logging.getLogger(__name__)
 
 
-def step_options(mesh: Mesh) -> dict[str, bool]:
+def step_options(mesh: Mesh) -> dict[str, bool | str]:
     """Compiler options of a step on a mesh; those that the installed compiler does not know are left out, and said."""
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return {}
     return known_options(SEVERAL_GPUS)
 
 
-def known_options(options: dict[str, bool]) -> dict[str, bool]:
+def known_options(options: Mapping[str, bool | str]) -> dict[str, bool | str]:
     """Those of the options that the installed compiler knows: they come and go between its versions."""
-    known = {}
+    known: dict[str, bool | str] = {}
     for name, value in options.items():
         try:
             jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
