@@ -335,6 +335,13 @@ def test_held_to_symmetry_an_untrained_model_writes_crystals(
         assert report.multiplicity_consistent
 
 
+def test_a_prompt_that_cannot_be_honoured_is_refused_before_any_sample_is_made(model: cl.CrystalModel) -> None:
+    prompts = [make_prompt("Na4Cl4"), make_prompt("Na1Cl1", "Fm-3m")]
+    request = GenerationRequest(batch_size=1, constrain="symmetry")
+    with pytest.raises(SamplingError, match="cannot hold Na1Cl1"):
+        next(model.generate_batches(prompts, request))
+
+
 def test_reading_what_is_forced_at_once_changes_no_sample(
     held: dict[tuple[int, int], cl.Sample], model: cl.CrystalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

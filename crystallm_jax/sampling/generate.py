@@ -118,14 +118,11 @@ def generate(
         devices: where to; None takes all of this process.
 
     Raises:
-        SamplingError: a prompt is empty or leaves no room in the context, or `tensor` does not divide the devices or
-            the heads.
+        SamplingError: a prompt is empty, leaves no room in the context or cannot be constrained, or `tensor` does not
+            divide the devices or the heads.
     """
-    for index, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= config.block_size:
-            raise SamplingError(
-                f"prompt {index} has {len(prompt)} tokens; the model's context takes 1 to {config.block_size}"
-            )
+    rules = _rules(request, newline_id)
+    _check(config, prompts, request, rules)
     orders = orders or EverySample([request.num_samples] * len(prompts))
     places = placements(config, request.tensor, devices)
     first = _first(orders, request.batch_size or default_batch_size() * len(places))
@@ -133,7 +130,6 @@ def generate(
     places = places[: max(len(first), 1)]
     share = -(-max(len(first), 1) // len(places))
     most = default_batch_size() if request.batch_size is None else -(-request.batch_size // len(places))
-    rules = _rules(request, newline_id)
     rows = min(most, padded_count(share))
     new = request.max_new_tokens or config.block_size
     # In a few sizes: each is another program.
@@ -159,6 +155,19 @@ def generate(
         part = beyond[first_beyond : first_beyond + rows]
         limits = [len(one.row.prompt) + (request.max_new_tokens or SLIDE_NEW_TOKENS) for one in part]
         yield [_completion(one) for one in slide(config, rules, part, params=params, limits=limits)]
+
+
+def _check(
+    config: ModelConfig, prompts: Sequence[np.ndarray], request: GenerationRequest, rules: Rules
+) -> None:
+    """Refuse prompts that cannot be honoured: now, not once the samples of those before them are made."""
+    for index, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= config.block_size:
+            raise SamplingError(
+                f"prompt {index} has {len(prompt)} tokens; the model's context takes 1 to {config.block_size}"
+            )
+        if rules.automaton is not None:
+            rules.automaton.plan(prompt, limit=_limit(prompt, request.max_new_tokens, config))
 
 
 def default_batch_size() -> int:
@@ -196,17 +205,14 @@ def _rows(
     rows = []
     for one, key in zip(wanted, keys, strict=True):
         prompt = np.asarray(prompts[one.prompt_index], np.int32)
-        new = one.max_new_tokens or request.max_new_tokens or config.block_size
-        # The token that follows a full context can still be drawn.
-        rows.append(
-            Row(
-                (one.prompt_index, one.sample_index),
-                prompt,
-                key,
-                min(len(prompt) + new, config.block_size + 1),
-            )
-        )
+        limit = _limit(prompt, one.max_new_tokens or request.max_new_tokens, config)
+        rows.append(Row((one.prompt_index, one.sample_index), prompt, key, limit))
     return rows
+
+
+def _limit(prompt: np.ndarray, max_new_tokens: int | None, config: ModelConfig) -> int:
+    """Tokens that a row of the prompt may have in all: the one that follows a full context can still be drawn."""
+    return min(len(prompt) + (max_new_tokens or config.block_size), config.block_size + 1)
 
 
 def _goes_beyond(ended: Ended, config: ModelConfig) -> bool:
