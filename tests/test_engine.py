@@ -11,6 +11,7 @@ import crystallm_jax as cl
 from crystallm_jax.cif import make_prompt
 from crystallm_jax.cif.formula import parse_formula
 from crystallm_jax.convert.published import parameter_table
+from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import GPT, ModelConfig
 from crystallm_jax.sampling import reader
 from crystallm_jax.sampling.devices import Placement
@@ -335,11 +336,20 @@ def test_held_to_symmetry_an_untrained_model_writes_crystals(
         assert report.multiplicity_consistent
 
 
-def test_a_prompt_that_cannot_be_honoured_is_refused_before_any_sample_is_made(model: cl.CrystalModel) -> None:
+def test_a_prompt_that_cannot_be_honoured_is_refused_before_any_sample_is_made(
+    model: cl.CrystalModel,
+) -> None:
     prompts = [make_prompt("Na4Cl4"), make_prompt("Na1Cl1", "Fm-3m")]
     request = GenerationRequest(batch_size=1, constrain="symmetry")
     with pytest.raises(SamplingError, match="cannot hold Na1Cl1"):
         next(model.generate_batches(prompts, request))
+
+
+def test_what_the_prompt_holds_cannot_be_excluded_where_it_is_constrained(model: cl.CrystalModel) -> None:
+    excluded = tuple(model.tokenizer.encode(["Cl"]))
+    request = GenerationRequest(method=SamplingMethod(excluded=excluded), constrain="composition")
+    with pytest.raises(SamplingError, match="prompt 0 holds the token"):
+        next(model.generate_batches([make_prompt("Na4Cl4")], request))
 
 
 def test_reading_what_is_forced_at_once_changes_no_sample(

@@ -26,7 +26,7 @@ from crystallm_jax.model.inference import prepare_weights
 from crystallm_jax.model.pages import PageTable, empty_log, empty_pages
 from crystallm_jax.sampling.decode import Rules, decoder
 from crystallm_jax.sampling.devices import placements
-from crystallm_jax.sampling.generate import PAGE_SIZE
+from crystallm_jax.sampling.generate import page_size
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.places import empty_rows
 from crystallm_jax.sampling.pool import pages_of_longest
@@ -223,7 +223,8 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 def _decoding_arguments(config: ModelConfig, rows: int, params: dict) -> dict[str, Any]:
     """What `decode_steps` is given for so many rows."""
-    S, N = PAGE_SIZE, pages_of_longest(config, PAGE_SIZE)
+    S = page_size("tpu")
+    N = pages_of_longest(config, S)
     count = rows * -(-config.block_size // (2 * S))
     pages = jnp.zeros(count, jnp.int32)
     return {
