@@ -51,7 +51,7 @@ class Sample:
     text: str
     log_prob: float
     finished: bool
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     @cached_property
     def cif(self) -> str:

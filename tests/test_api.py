@@ -293,7 +293,8 @@ def test_batch_sizes_change_nothing(model: cl.CrystalModel) -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"overflow": "wrap"}, "overflow='wrap'"),
-        ({"constrain": "composition"}, "constrain='composition'"),
+        ({"constrain": "composition"}, "65 tokens is too small for Na4Cl4"),
+        ({"constrain": "grammar"}, "constrain='grammar'"),
     ],
 )
 def test_generate_refuses_what_it_cannot_do(

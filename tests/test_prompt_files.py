@@ -191,6 +191,13 @@ def test_held_out_records_are_asked_for_first(fixtures: Path, tmp_path: Path) ->
         ("p.txt", "data_Na4Cl4\nloop_\n\n", "an empty line ends a crystal"),
         ("p.txt", "data_rocksalt\n", "no formula from 'rocksalt' on"),
         ("p.txt", "data_Na4Cl4\n_mine 4\n", "1 of its words have no token"),
+        (
+            "p.csv",
+            "composition,z,spacegroup\nTi4O8,,P4_2/mnm,I4_1/amd\n",
+            r"p\.csv:2: more fields than the 3 columns",
+        ),
+        ("p.csv", "composition, spacegroup\nNa4Cl4,225\n", "column ' spacegroup' would not be read"),
+        ("p.csv", "composition,SG\nNa4Cl4,225\n", "column 'SG' would not be read: write 'spacegroup'"),
         ("p.csv", "composition\n", "holds no prompt"),
         ("p.txt", "Na4Cl4\n\nQq4\n", r"p\.txt:3: 'Qq' is not an element"),
         ("p.txt", "Na4Cl4 P6\n", r"p\.txt:1: space group P6 .* has no token"),

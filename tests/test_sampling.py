@@ -128,6 +128,7 @@ def _texts(completions: list[Completion]) -> list[tuple[int, ...]]:
         {"num_samples": 0},
         {"batch_size": 0},
         {"max_new_tokens": 0},
+        {"jump_from": 0},
         {"overflow": "wrap"},
         {"seed": -1},
         {"seed": 2**32},

@@ -28,6 +28,7 @@ from crystallm_jax.sampling.places import (
     look_at,
     padded,
     padded_count,
+    padded_rows,
 )
 from crystallm_jax.sampling.pool import Pool
 from crystallm_jax.sampling.reader import Piece, Read, read_pieces
@@ -150,7 +151,7 @@ class Engine:
             self._rows[place], self._begun[place], self._lengths[place] = row, time.perf_counter(), len(text)
         self._keep_pages(places, reads)
         for members in _by_reading(reads):
-            size = padded_count(len(members))
+            size = padded_rows(len(members))
             width = self._shape.config.block_size + 1
             tokens = np.zeros((size, width), np.int32)
             for into, i in zip(tokens, members, strict=False):
@@ -240,7 +241,7 @@ class Engine:
     def _take_out(self, places: np.ndarray) -> list[Ended]:
         if not len(places):
             return []
-        seen = jax.device_get(look_at(self._state, padded(places, padded_count(len(places)), fill=0)))
+        seen = jax.device_get(look_at(self._state, padded(places, padded_rows(len(places)), fill=0)))
         results = []
         for i, place in enumerate(places):
             row = self._rows[place]
@@ -290,7 +291,7 @@ class Engine:
 
     def _plans_of_held(self, places: np.ndarray) -> list[Plan]:
         """What is forced upon held rows: the run ahead of them, or what the planner makes of their text so far."""
-        padded_places = padded(places.astype(np.int32), padded_count(len(places)), fill=0)
+        padded_places = padded(places.astype(np.int32), padded_rows(len(places)), fill=0)
         ahead, waiting = jax.device_get(look_ahead(self._shape.rules, self._state, padded_places, width=_RUN))
         seen = jax.device_get(look_at(self._state, padded_places)) if waiting.any() else None
         plans = []
@@ -313,7 +314,7 @@ class Engine:
         log_prob: jax.Array | np.ndarray,
         source: Sequence[int],
     ) -> None:
-        size = padded_count(len(members))
+        size = padded_rows(len(members))
         width = padded_count(max(_RUN, *(len(plans[i].forced) for i in members)))
         tokens = np.zeros((size, width), np.int32)
         for into, i in zip(tokens, members, strict=False):

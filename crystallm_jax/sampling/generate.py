@@ -26,6 +26,9 @@ from crystallm_jax.sampling.slide import slide
 SLIDE_NEW_TOKENS = 3000
 
 
+_prepare = jax.jit(prepare_weights, static_argnums=0)
+
+
 class Completion(NamedTuple):
     """One completed prompt.
 
@@ -81,7 +84,7 @@ class GenerationRequest:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "max_new_tokens", "tensor"):
+        for name in ("num_samples", "batch_size", "max_new_tokens", "tensor", "jump_from"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SamplingError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -129,13 +132,11 @@ def generate(
     share = -(-max(len(first), 1) // len(places))
     most = default_batch_size() if request.batch_size is None else -(-request.batch_size // len(places))
     rows = min(most, padded_count(share))
-    new = request.max_new_tokens or config.block_size
-    # In a few sizes: each is another program.
-    longest = min(max(padded_count(max(map(len, prompts), default=0) + new), 256), config.block_size)
+    longest = _longest(config, prompts, request)
     shape = EngineShape(
         config, rules, rows, page_size(places[0].platform), request.cache_dtype or config.dtype, longest
     )
-    weights = prepare_weights(config, params)
+    weights = _prepare(config, params)
     engines = [Engine(shape, weights, place) for place in places]
     keys = PromptKeys(prompts, request.seed)
 
@@ -145,14 +146,12 @@ def generate(
 
     beyond: list[Ended] = []
     for ended in all_rounds(engines, orders, first=first, rows_of=rows_of):
-        within = ended
-        if request.overflow == "slide":
-            beyond += [one for one in ended if _goes_beyond(one, config)]
-            within = [one for one in ended if not _goes_beyond(one, config)]
+        beyond += [one for one in ended if _goes_on(one, config, request)]
+        within = [one for one in ended if not _goes_on(one, config, request)]
         if within:
             yield [_completion(one) for one in within]
-    for first_beyond in range(0, len(beyond), rows):
-        part = beyond[first_beyond : first_beyond + rows]
+    for begin in range(0, len(beyond), rows):
+        part = beyond[begin : begin + rows]
         limits = [len(one.row.prompt) + (request.max_new_tokens or SLIDE_NEW_TOKENS) for one in part]
         yield [_completion(one) for one in slide(config, rules, part, params=params, limits=limits)]
 
@@ -186,6 +185,12 @@ def page_size(platform: str) -> int:
 def default_batch_size() -> int:
     """Rows decoded together unless told: enough to fill the platform's arithmetic."""
     return 64 if jax.default_backend() == "cpu" else 512
+
+
+def _longest(config: ModelConfig, prompts: Sequence[np.ndarray], request: GenerationRequest) -> int:
+    """Tokens of the longest text to come, in a few sizes, for each is another program."""
+    tokens = max(map(len, prompts), default=0) + (request.max_new_tokens or config.block_size)
+    return min(max(padded_count(tokens), 256), config.block_size)
 
 
 def _first(orders: Orders, most: int) -> Sequence[Wanted]:
@@ -228,8 +233,9 @@ def _limit(prompt: np.ndarray, max_new_tokens: int | None, config: ModelConfig) 
     return min(len(prompt) + (max_new_tokens or config.block_size), config.block_size + 1)
 
 
-def _goes_beyond(ended: Ended, config: ModelConfig) -> bool:
-    return not ended.finished and len(ended.tokens) > config.block_size
+def _goes_on(ended: Ended, config: ModelConfig, request: GenerationRequest) -> bool:
+    """Whether a row goes on beyond the context."""
+    return request.overflow == "slide" and not ended.finished and len(ended.tokens) > config.block_size
 
 
 def _completion(ended: Ended) -> Completion:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from crystallm_jax.sampling.orders import Wanted
-from crystallm_jax.sampling.places import padded, padded_count
+from crystallm_jax.sampling.places import padded, padded_rows
 
 
 class PromptKeys:
@@ -34,7 +34,7 @@ class PromptKeys:
         names = np.zeros((len(wanted), 3), np.uint32)
         for name, one in zip(names, wanted, strict=True):
             name[:2], name[2] = self._identities[one.prompt_index], one.sample_index
-        size = padded_count(len(names))
+        size = padded_rows(len(names))
         placed = jax.device_put((self._root, padded(names, size, fill=0)), where)
         return np.asarray(_keys(*placed))[: len(names)]
 

@@ -1,6 +1,6 @@
 """The rows' places in a batch on the device: filled, gone on with, and looked at, some at a time.
 
-Rows come padded to a few sizes (`padded_count`), so that each function is compiled for those alone; a place beyond the
+Rows come padded to a few sizes (`padded_rows`), so that each function is compiled for those alone; a place beyond the
 batch is left out.
 """
 
@@ -14,6 +14,9 @@ import numpy as np
 
 from crystallm_jax.sampling.constrain import AutomatonState, run_length, run_tokens, skip
 from crystallm_jax.sampling.decode import NO_TOKEN, RowState, Rules
+
+# Fewer rows cost no less than so many.
+_FEWEST = 16
 
 
 class NewRows(NamedTuple):
@@ -62,6 +65,11 @@ class Finished(NamedTuple):
 def padded_count(count: int) -> int:
     """The size that so many are padded to: a power of two."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def padded_rows(count: int) -> int:
+    """The size that so many rows are padded to: few sizes, for each is another program."""
+    return max(padded_count(count), _FEWEST)
 
 
 def padded(values: np.ndarray, size: int, *, fill: int) -> np.ndarray:

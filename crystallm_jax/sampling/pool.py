@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,21 @@ import numpy as np
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.pages import Pages, PageTable, empty_pages, put_pages
 from crystallm_jax.sampling.devices import Placement
-from crystallm_jax.sampling.places import padded, padded_count
+from crystallm_jax.sampling.places import padded, padded_rows
 
 # On a CPU the pool is several blocks, of which a step reads those in use: small ones first, so that it reads few pages
-# that nobody has. They hold whole contexts of all rows, up to so much memory; then as many are added again.
+# that nobody has. They hold whole contexts of all rows, up to so much memory; then as many are added again. Few pages
+# take fewer blocks, since each lengthens compilation.
 # Elsewhere it is one block, all of which is read: it begins with so many positions a row and grows by so much.
 _SHARES = (1, 1, 1, 1, 2, 2, 4, 4)
 _MOST_BYTES = 2**30
+_FEWEST_PAGES = 32
 _BEGINNING, _GROWTH = 256, 1.5
 
 
 def pages_of_longest(config: ModelConfig, size: int) -> int:
     """Pages that a text of the whole context has, and some for where one was begun before the last was full."""
-    return -(-config.block_size // size) + 8
+    return -(-config.block_size // size) + 16
 
 
 class Pool:
@@ -126,16 +129,16 @@ class Pool:
         before = len(self._owner)
         if self._in_blocks:
             unit = self._unit()
-            self.blocks += tuple(self._new(share * unit) for share in _SHARES)
-        elif not self.blocks:
-            self.blocks = (self._new(max(_BEGINNING // self.size * self._rows, 16)),)
-        else:
-            extra = int(before * (_GROWTH - 1))
-            self.blocks = (
-                jax.tree.map(
-                    lambda leaf: jnp.pad(leaf, [(0, extra), *[(0, 0)] * (leaf.ndim - 1)]), self.blocks[0]
-                ),
+            begins = (0, *accumulate(unit * share for share in _SHARES))
+            self.blocks += tuple(
+                self._new(share * unit)
+                for share, begin in zip(_SHARES, begins, strict=False)
+                if begin < self._wanted
             )
+        elif not self.blocks:
+            self.blocks = (self._new(max(min(_BEGINNING // self.size * self._rows, self._wanted), 16)),)
+        else:
+            self.blocks = (_lengthened(self.blocks[0], int(before * (_GROWTH - 1))),)
         self._begins = np.cumsum([0, *(len(block.keys[0]) for block in self.blocks)])
         after = int(self._begins[-1])
         self._owner = np.concatenate([self._owner, np.full(after - before, self._rows, np.int32)])
@@ -150,16 +153,30 @@ class Pool:
         page_bytes = 2 * config.n_layer * config.n_embd * self.size * jnp.dtype(self._dtype).itemsize
         return max(
             -(-wanted // parts) if wanted * page_bytes < _MOST_BYTES else _MOST_BYTES // page_bytes // parts,
-            4,
+            _FEWEST_PAGES,
         )
 
     def _new(self, count: int) -> Pages:
         return self._placement.made_by_heads(empty_pages, self._config, count, self.size, self._dtype)
 
 
+def _lengthened(block: Pages, extra: int) -> Pages:
+    """The block with empty pages after it; one array after the other, each in the place of the old one."""
+
+    def longer(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rest, done = list(leaves), []
+        while rest:
+            leaf = rest.pop(0)
+            done.append(jnp.pad(leaf, [(0, extra), *[(0, 0)] * (leaf.ndim - 1)]))
+            leaf.delete()
+        return tuple(done)
+
+    return Pages(longer(block.keys), longer(block.values))
+
+
 def _copied(into: Pages, pages: Pages, *, source: np.ndarray, target: np.ndarray) -> Pages:
     """Pages `into`, which are donated, with pages [source] in the places [target]."""
-    size = padded_count(max(len(source), 8))
+    size = padded_rows(len(source))
     beyond = len(into.keys[0])
     return put_pages(
         into,

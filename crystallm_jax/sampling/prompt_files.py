@@ -23,6 +23,9 @@ _LONGEST_TEXT = 1 << 20
 _TAR_NAME = re.compile(r"\.(tar(\.gz|\.xz)?|tgz|txz)$", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[,;\s]+")
 _MOST_DIGITS = 9
+_COLUMNS = ("composition", "formula", "z", "spacegroup", "n", "id")
+# What such a column may be called elsewhere, in small letters alone.
+_MISNAMED = {name: name for name in _COLUMNS} | {"sg": "spacegroup", "spg": "spacegroup"}
 
 
 def read_prompts(path: str | Path, *, with_spacegroup: bool = False) -> list[Prompt]:
@@ -152,7 +155,15 @@ def _from_csv(path: Path) -> Iterator[Prompt]:
         if not {"composition", "formula"}.intersection(columns):
             named = ", ".join(repr(name[:40]) for name in columns[:12]) or "none"
             raise SamplingError(f"{path}: no column 'composition' or 'formula'; the columns are {named}")
+        for column in columns:
+            meant = _MISNAMED.get(re.sub("[^a-z]", "", column.lower()))
+            if meant is not None and column not in _COLUMNS:
+                raise SamplingError(f"{path}: column {column[:40]!r} would not be read: write {meant!r}")
         for row in rows:
+            if None in row:
+                raise SamplingError(
+                    f"{path}:{rows.line_num}: more fields than the {len(columns)} columns: quote what holds commas"
+                )
             fields = {key: value.strip() for key, value in row.items() if isinstance(value, str)}
             try:
                 prompts = _row_prompts(fields)

@@ -77,7 +77,8 @@ def _read_group(
     texts = _SMALLEST if group[0].row is None else _MOST_GOING_ON
     while texts < len(group):
         texts *= 2
-    pages = np.zeros((size // S + texts, S), np.int32)
+    # As many for a short reading as for a long one: what takes them is compiled for their number.
+    pages = np.zeros((max(size, _MOST) // S + texts, S), np.int32)
     token, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
     text, target = np.full(size, texts, np.int32), np.full(size, NO_TOKEN, np.int32)
     last = np.zeros(texts, np.int32)

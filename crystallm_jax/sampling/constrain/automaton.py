@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from crystallm_jax.errors import SamplingError
@@ -47,6 +46,6 @@ class Automaton:
 def idle_state(automaton: Automaton, batch_size: int) -> AutomatonState:
     """The registers of a batch of rows that are all done."""
     del automaton
-    row = {name: jnp.asarray(value) for name, value in empty_row().items()}
-    one = AutomatonState(**row)
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], batch_size, axis=0), one)
+    # On the host: as many small programs would be compiled.
+    rows = {name: np.repeat(value[None], batch_size, axis=0) for name, value in empty_row().items()}
+    return AutomatonState(**jax.device_put(rows))
