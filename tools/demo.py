@@ -54,7 +54,16 @@ def main() -> int:
     prompts = out / "compositions.txt"
     prompts.write_text("".join(f"{composition}\n" for composition in COMPOSITIONS))
     samples, training = out / "samples", out / "training"
-    settings = ("--num-samples", SAMPLES_EACH, "--temperature", TEMPERATURE, "--seed", 1, "--constrain", "symmetry")
+    settings = (
+        "--num-samples",
+        SAMPLES_EACH,
+        "--temperature",
+        TEMPERATURE,
+        "--seed",
+        1,
+        "--constrain",
+        "symmetry",
+    )
     run("sample", "--prompts", prompts, *settings, "--out", samples)
     drawn = draw_crystals(samples, out / "crystals.png")
     run("train", "--config", "tiny", f"out_dir={training}")
