@@ -26,6 +26,7 @@ from crystallm_jax.sampling.prompts import (
     excluded_ids,
     formula_prompts,
     unconditional_prompt,
+    unfitting,
     unique_ids,
     wanted_spacegroups,
     within_sites,
@@ -265,3 +266,13 @@ def test_new_names_keep_the_numbers_of_samples() -> None:
         Prompt("a", "data_", 3),
         Prompt("A-2", "data_"),
     ]
+
+
+def test_a_space_group_that_cannot_hold_the_cell_is_found() -> None:
+    prompts = [
+        composition_prompt("Na1Cl3", "Fm-3m"),
+        composition_prompt("Na4Cl4", "Fm-3m"),
+        composition_prompt("Na1Cl3"),
+        unconditional_prompt(),
+    ]
+    assert unfitting(prompts) == prompts[:1]

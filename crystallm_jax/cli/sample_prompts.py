@@ -113,7 +113,18 @@ def prompts_from(
         kept = sources.within_sites(prompts, arguments.max_sites)
         _tell(len(prompts) - len(kept), f"of more than {arguments.max_sites} sites")
         prompts = kept
-    return prompts[: arguments.limit]
+    prompts = prompts[: arguments.limit]
+    if arguments.spacegroup not in (None, sources.COMPATIBLE):
+        hopeless = sources.unfitting(prompts)
+        if hopeless:
+            _log.warning(
+                "%s of %s prompts name a space group that cannot hold the cell, such as %s:"
+                " --spacegroup compatible names those that can",
+                f"{len(hopeless):,}",
+                f"{len(prompts):,}",
+                hopeless[0].id,
+            )
+    return prompts
 
 
 def _tell(count: int, which: str, *, kind: str = "prompts") -> None:

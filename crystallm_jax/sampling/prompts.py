@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from crystallm_jax.cif import SPACEGROUPS, UNCONDITIONAL_PROMPT, find_spacegroup, make_prompt
 from crystallm_jax.cif.formula import cell_formula, check_element, parse_formula
-from crystallm_jax.cif.occupations import compatible_spacegroups
-from crystallm_jax.cif.vocabulary import TOKENS
+from crystallm_jax.cif.occupations import compatible_spacegroups, fits
+from crystallm_jax.cif.vocabulary import SPACEGROUP_TAG, TOKENS
 from crystallm_jax.errors import SamplingError
 
 COMPATIBLE = "compatible"
@@ -16,6 +16,9 @@ COMPATIBLE = "compatible"
 # File systems take 255 bytes; the number of the sample and an ending follow.
 _LONGEST_NAME = 200
 _COMPOSITION = re.compile(r"data_([^\n]*)(\n?)")
+
+# The space group that a prompt states.
+_STATED_GROUP = re.compile(rf"{SPACEGROUP_TAG} +(\S+)")
 
 
 class Prompt(NamedTuple):
@@ -194,3 +197,13 @@ def excluded_ids(symbols: Sequence[str]) -> tuple[int, ...]:
     for symbol in symbols:
         check_element(symbol)
     return tuple(TOKENS.index(symbol) for symbol in symbols)
+
+
+def unfitting(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those whose space group has no positions that hold the composition: whatever a model writes will be wrong."""
+    found = []
+    for prompt in prompts:
+        counts, stated = prompt_counts(prompt), _STATED_GROUP.search(prompt.text)
+        if counts and stated is not None and not fits(counts, stated[1]):
+            found.append(prompt)
+    return found
