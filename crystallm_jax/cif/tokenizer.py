@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import MappingProxyType
 
 import numpy as np
@@ -134,3 +135,9 @@ class CIFTokenizer:
         if SPACEGROUP_TAG not in text:
             return text
         return self._spacegroup_pattern.sub(rf"\1{SPACEGROUP_SUFFIX}\n", text)
+
+
+@cache
+def shared_tokenizer() -> CIFTokenizer:
+    """One tokenizer for all that need it: the words that it remembers serve each of them."""
+    return CIFTokenizer()

@@ -1,12 +1,12 @@
 """How many formula units fill a cell whose text still fits a model's context."""
 
 from collections.abc import Mapping
-from functools import cache
 
-from crystallm_jax.cif import SPACEGROUPS, CIFTokenizer, find_spacegroup, make_prompt
+from crystallm_jax.cif import SPACEGROUPS, find_spacegroup, make_prompt
 from crystallm_jax.cif.formula import cell_formula, parse_formula, reduced_formula
 from crystallm_jax.cif.occupations import compatible_spacegroups, least_sites
 from crystallm_jax.cif.symmetry import MAX_ATOMS
+from crystallm_jax.cif.tokenizer import shared_tokenizer
 from crystallm_jax.sampling.prompts import Prompt, cell_counts, composition_prompt, wanted_spacegroups
 
 # What follows the space group, each number as short as it can be.
@@ -100,9 +100,4 @@ def shortest_length(counts: Mapping[str, int], spacegroup: str | None = None) ->
         units=int(units),
         rows="\n".join([_SHORTEST_ROW.format(symbol=next(iter(counts)))] * sites),
     )
-    return len(_tokenizer().encode_cif(text))
-
-
-@cache
-def _tokenizer() -> CIFTokenizer:
-    return CIFTokenizer()
+    return len(shared_tokenizer().encode_cif(text))

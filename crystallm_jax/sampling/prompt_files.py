@@ -3,10 +3,10 @@
 import csv
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
-from crystallm_jax.cif import CIFError, CIFTokenizer, prompt_from_cif
+from crystallm_jax.cif import CIFError, prompt_from_cif
+from crystallm_jax.cif.tokenizer import shared_tokenizer
 from crystallm_jax.data.reading.archives import tar_members
 from crystallm_jax.data.reading.tokenfiles import is_tar_file
 from crystallm_jax.data.store import SPLITS, TokenStore
@@ -137,15 +137,10 @@ def _from_text(place: object, name: str, text: str) -> Prompt:
         prompt_elements(prompt)
     except CIFError as error:
         raise SamplingError(f"{place}: {error}") from None
-    unknown = int((_tokenizer().encode_cif(text) == _tokenizer().unk_id).sum())
+    unknown = int((shared_tokenizer().encode_cif(text) == shared_tokenizer().unk_id).sum())
     if unknown:
         raise SamplingError(f"{place}: {unknown} of its words have no token: make prompts with make_prompt")
     return prompt
-
-
-@cache
-def _tokenizer() -> CIFTokenizer:
-    return CIFTokenizer()
 
 
 def _from_csv(path: Path) -> Iterator[Prompt]:

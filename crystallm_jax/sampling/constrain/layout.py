@@ -1,14 +1,13 @@
 """The pieces of a text that are known before it is written, and the fields between them."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from crystallm_jax.cif.elements import ELEMENTS
 from crystallm_jax.cif.formula import cell_formula, formula_order, reduced_formula
 from crystallm_jax.cif.preprocess import property_block
-from crystallm_jax.cif.tokenizer import CIFTokenizer
+from crystallm_jax.cif.tokenizer import shared_tokenizer
 from crystallm_jax.cif.vocabulary import SPACEGROUP_TAG, SPACEGROUPS
 from crystallm_jax.sampling.constrain.nodes import KINDS, Kind
 
@@ -149,14 +148,9 @@ def _stripped(text: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-@cache
-def _tokenizer() -> CIFTokenizer:
-    return CIFTokenizer()
-
-
 def _tokens(text: str) -> tuple[int, ...]:
     tokens: list[int] = []
     for n, part in enumerate(text.split(REPEAT)):
         tokens += [REPEAT_TOKEN] if n else []
-        tokens += _tokenizer().encode_cif(part).tolist()
+        tokens += shared_tokenizer().encode_cif(part).tolist()
     return tuple(tokens)
