@@ -26,10 +26,11 @@ import jax
 from sampling_jax import CompileClock
 from train_step import listed, write
 
-from crystallm_jax.api import CrystalModel, Sample, load_model
+from crystallm_jax.api import CrystalModel, load_model
 from crystallm_jax.cif import make_prompt
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.evaluation import ValidatorPool
+from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.prompt_files import read_prompts
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from crystallm_jax.api import CrystalModel, Sample, load_model, new_model
+    from crystallm_jax.api import CrystalModel, load_model, new_model
     from crystallm_jax.cif import (
         CIFTokenizer,
         make_prompt,
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
         SamplingError,
     )
     from crystallm_jax.evaluation import ValidityReport, match, validate
+    from crystallm_jax.samples import Sample
 
 _HOMES = {
-    "crystallm_jax.api": ("CrystalModel", "Sample", "load_model", "new_model"),
+    "crystallm_jax.api": ("CrystalModel", "load_model", "new_model"),
     "crystallm_jax.cif": (
         "CIFTokenizer",
         "make_prompt",
@@ -47,6 +48,7 @@ _HOMES = {
         "SamplingError",
     ),
     "crystallm_jax.evaluation": ("ValidityReport", "match", "validate"),
+    "crystallm_jax.samples": ("Sample",),
 }
 
 __all__ = [

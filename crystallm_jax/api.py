@@ -5,73 +5,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystallm_jax.cif import CIFError, CIFTokenizer, postprocess_cif
+from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
 from crystallm_jax.errors import ModelError, SamplingError
-from crystallm_jax.evaluation import ValidityReport, parse_structure, validate
 from crystallm_jax.model import GPT, ModelConfig, count_params, init_params
 from crystallm_jax.model.config import DType
+from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.constrain import Level
 from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.orders import Orders
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
-
-if TYPE_CHECKING:
-    from pymatgen.core import Structure
-
-# What the published tool puts above a text that it could not post-process.
-WARNING_LINE = "# WARNING: this text could not be post-processed"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One generated text and what can be made of it.
-
-    Attributes:
-        prompt_index: which prompt, in the order given.
-        sample_index: which of its samples.
-        token_ids: prompt and generated tokens.
-        text: the same as text, as the model wrote it.
-        log_prob: log-probability in nats of what was generated (temperature 1, all tokens).
-        finished: whether the text came to its end; otherwise a limit cut it.
-        seconds: from its beginning in a batch to its end.
-    """
-
-    prompt_index: int
-    sample_index: int
-    token_ids: tuple[int, ...]
-    text: str
-    log_prob: float
-    finished: bool
-    seconds: float = field(default=0.0, compare=False)
-
-    @cached_property
-    def cif(self) -> str:
-        """An ordinary CIF: symmetry operators restored, property block removed; under a warning line if impossible."""
-        try:
-            return postprocess_cif(self.text)
-        except CIFError:
-            return f"{WARNING_LINE}\n{self.text}"
-
-    def structure(self) -> "Structure":
-        """The crystal as a pymatgen Structure.
-
-        Raises:
-            CIFError: the text does not describe one.
-        """
-        return parse_structure(self.cif)
-
-    def validate(self) -> ValidityReport:
-        """The verdicts on it."""
-        return validate(self.cif)
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,7 +157,7 @@ def test_a_published_checkpoint_becomes_parameters_of_ours(
     )
     read = read_published(_save(tmp_path / "ckpt.pt", saved))
     assert read.config == dataclasses.replace(config, dropout=0.25)
-    assert (read.step, read.best_val_loss) == (7, 1.5)
+    assert (read.training.step, read.training.best_val_loss) == (7, 1.5)
     for place, name, ours in (
         (read.params["wte"], "embedding", tensors["transformer.wte.weight"]),
         (read.params["wpe"], "embedding", tensors["transformer.wpe.weight"]),

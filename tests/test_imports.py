@@ -13,19 +13,22 @@ ROOMS = (
     ("errors", "config", "processes"),
     ("cif",),
     ("data",),
+    ("artifacts",),
     ("model",),
     ("convert",),
     ("training",),
     ("sampling",),
     ("ahead",),
     ("evaluation",),
+    ("samples",),
+    ("portable",),
     ("api",),
-    ("results", "probe"),
+    ("results", "probe", "embeddings"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(ROOMS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
-WITHOUT_JAX = ("errors", "config", "processes", "cif", "data", "evaluation")
+WITHOUT_JAX = ("errors", "config", "processes", "cif", "data", "artifacts", "evaluation", "samples", "embeddings")
 FEEDING = "data/feed.py"
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 

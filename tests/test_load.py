@@ -13,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from crystallm_jax.config import to_yaml
 from crystallm_jax.convert.folder import CONFIG_FILE, WEIGHTS_FILE, read_folder, write_folder
+from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ConfigError, CrystallmError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import Weights, crop_block_size, load_weights
+from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.step import create_state
 
 BIASED = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11, bias=True)

@@ -14,7 +14,6 @@ import ase.io
 import numpy as np
 import pytest
 
-from crystallm_jax.api import Sample
 from crystallm_jax.cif import CIFTokenizer, make_prompt, preprocess_cif, stream_text, symmetrized_cif
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.errors import SamplingError
@@ -24,6 +23,7 @@ from crystallm_jax.evaluation.report import Judgement
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.processes import Interruption, TerminatedError
 from crystallm_jax.results import ResultsFolder, Summary, sample_into
+from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.orders import Orders

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crystallm_jax.api import Sample
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation.report import Judgement, ValidityReport
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.results import ResultsFolder, Summary, ValidTarget, sample_into
+from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.orders import Orders, Wanted
 from crystallm_jax.sampling.prompts import Prompt

@@ -1,5 +1,6 @@
 """Checkpoints of other programs, in and out."""
 
-from crystallm_jax.convert.published import PublishedCheckpoint, read_published
+from crystallm_jax.convert.published import read_published
+from crystallm_jax.convert.weights import Moments, Training, Weights
 
-__all__ = ["PublishedCheckpoint", "read_published"]
+__all__ = ["Moments", "Training", "Weights", "read_published"]

@@ -4,7 +4,7 @@ Parameters lie under their paths joined by dots (`h_0.attn.c_attn.kernel`), in f
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from crystallm_jax.config import load_config, to_yaml
 from crystallm_jax.convert.published import parameter_table
+from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig
 
@@ -20,14 +21,7 @@ CONFIG_FILE = "config.yaml"
 CARD_FILE = "MODEL_CARD.md"
 
 
-class ModelFolder(NamedTuple):
-    """What a model folder holds: parameters as float32 arrays in a nested dict."""
-
-    config: ModelConfig
-    params: dict[str, Any]
-
-
-def read_folder(path: str | Path) -> ModelFolder:
+def read_folder(path: str | Path) -> Weights:
     """Read a model folder; every tensor is checked by name and shape.
 
     Raises:
@@ -58,7 +52,7 @@ def read_folder(path: str | Path) -> ModelFolder:
         place[entry.path[-1]] = value.astype(np.float32).reshape(entry.held)
     if tensors:
         raise ModelError(f"{weights}: tensors that no parameter takes: {', '.join(sorted(tensors)[:5])}")
-    return ModelFolder(config, params)
+    return Weights(config, params)
 
 
 def write_folder(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crystallm_jax.convert.torch_file import read_torch_file
+from crystallm_jax.convert.weights import Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
 
@@ -18,16 +19,7 @@ COMPILED_PREFIX = "_orig_mod."
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 
 
-class PublishedCheckpoint(NamedTuple):
-    """What a published checkpoint holds that this package uses."""
-
-    config: ModelConfig
-    params: dict[str, Any]
-    step: int
-    best_val_loss: float
-
-
-def read_published(path: str | Path) -> PublishedCheckpoint:
+def read_published(path: str | Path) -> Weights:
     """Read a published `ckpt.pt` into parameters of ours; every tensor is checked by name and shape.
 
     Raises:
@@ -46,8 +38,8 @@ def read_published(path: str | Path) -> PublishedCheckpoint:
             f"{path}: {len(tensors)} tensors are too few for the {config.n_layer} layers that it states"
         )
     params = params_from_tensors(tensors, config, place=str(path))
-    best = saved.get("best_val_loss", float("inf"))
-    return PublishedCheckpoint(config, params, int(saved.get("iter_num", 0)), float(np.asarray(best)))
+    best = float(np.asarray(saved.get("best_val_loss", float("inf"))))
+    return Weights(config, params, Training(int(saved.get("iter_num", 0)), best))
 
 
 def params_from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, *, place: str) -> dict[str, Any]:

@@ -1,6 +1,33 @@
-"""The transformer, its attention, and the same for decoding, with its key-value cache."""
+"""The transformer, its attention, and the same for decoding, with its key-value cache.
 
-from crystallm_jax.model.config import ModelConfig, flops_per_token
-from crystallm_jax.model.transformer import GPT, count_params, init_params
+Names are loaded on first use: the configuration and what converts weights need no JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crystallm_jax.model.config import ModelConfig, flops_per_token
+    from crystallm_jax.model.transformer import GPT, count_params, init_params
 
 __all__ = ["GPT", "ModelConfig", "count_params", "flops_per_token", "init_params"]
+
+_MODULES = {
+    "GPT": "transformer",
+    "ModelConfig": "config",
+    "count_params": "transformer",
+    "flops_per_token": "config",
+    "init_params": "transformer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crystallm_jax.api import Sample
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import Judgement
+from crystallm_jax.samples import Sample
 
 # Digits behind the point of a log-probability in nats. What follows hangs on how many rows were decoded together: of
 # 36 samples of the model in the package, 3 differed by 1e-4 between batches of 8 and of 64 after rounding to that.

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from crystallm_jax.api import Sample
 from crystallm_jax.evaluation import Judgement, ValidatorPool
 from crystallm_jax.processes import Interruption
 from crystallm_jax.results.folder import CIF_FOLDER, SYMMETRIZED_FOLDER, ResultsFolder, file_name
 from crystallm_jax.results.journal import Entry, entry_of, judged_entry
+from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.prompts import Prompt
 
 # Samples waiting for each worker, beyond which no further ones are taken.

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from crystallm_jax.config import load_config
 from crystallm_jax.convert.folder import WEIGHTS_FILE, read_folder
 from crystallm_jax.convert.published import read_published
+from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.model.layout import unstacked
@@ -24,13 +24,6 @@ DEFAULT_NAME = "default"
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / DEFAULT_NAME
 
 
-class Weights(NamedTuple):
-    """A model's shape and its float32 parameters on the host."""
-
-    config: ModelConfig
-    params: dict[str, Any]
-
-
 def load_weights(path: str | Path) -> Weights:
     """Read a published `ckpt.pt`, a model folder, a run folder's newest checkpoint, one of them, or `default`.
 
@@ -39,11 +32,9 @@ def load_weights(path: str | Path) -> Weights:
     """
     path = DEFAULT_MODEL if str(path) == DEFAULT_NAME else Path(path)
     if path.is_file():
-        published = read_published(path)
-        return Weights(published.config, published.params)
+        return read_published(path)
     if (path / WEIGHTS_FILE).is_file():
-        folder = read_folder(path)
-        return Weights(folder.config, folder.params)
+        return read_folder(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
         return _read_run(path)
     if path.parent.name == CHECKPOINTS_FOLDER and path.name.isdecimal() and path.is_dir():
