@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the only place that uses orbax.
+"""Checkpoints of a run.
 
 A checkpoint holds the training state, the data iterator's state and a description (configuration, validation loss,
 versions). It appears under its final name when it is complete: a kill or a full disk in the middle of writing
@@ -20,16 +20,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
+from crystallm_jax.convert.orbax_params import UNREADABLE, read_arrays
 from crystallm_jax.errors import ModelError
 from crystallm_jax.training.integrity import find_damage, write_checksums
 from crystallm_jax.training.sharding import path_name
 from crystallm_jax.training.step import TrainState
 
 _LONGEST_REASON = 500
+_STATE = "state"
 # Where orbax keeps what is saved as JSON, in a folder named as the item.
 _JSON_FILE = "metadata"
-# What reading a damaged file ends in, in orbax, in tensorstore below it, or here.
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError)
 
 logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
@@ -41,6 +41,14 @@ class Restored(NamedTuple):
     step: int
     state: TrainState
     data_state: dict[str, Any]
+    description: dict[str, Any]
+
+
+class SavedArrays(NamedTuple):
+    """Some of a checkpoint's arrays on the host, in nested dicts named as the fields of `TrainState`."""
+
+    step: int
+    arrays: dict[str, Any]
     description: dict[str, Any]
 
 
@@ -62,7 +70,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
+                _STATE: ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "description": ocp.JsonCheckpointHandler(),
             },
@@ -153,6 +161,23 @@ class Checkpoints:
         """
         return self._intact(self._description, step)
 
+    def read(self, wanted: Callable[[tuple[str, ...]], bool], step: int | None = None) -> SavedArrays:
+        """Read some arrays of a checkpoint (the newest intact one by default) to the host, whatever their layout.
+
+        Args:
+            wanted: of the path of an array, such as `("params", "wte", "embedding")`.
+            step: of the checkpoint.
+
+        Raises:
+            ModelError: there is none, or the one asked for is damaged.
+        """
+
+        def found(candidate: int) -> SavedArrays:
+            arrays = read_arrays(self.folder / str(candidate) / _STATE, wanted)
+            return SavedArrays(candidate, arrays, self._description(candidate))
+
+        return self._intact(found, step)
+
     def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
         """Read a checkpoint (the newest intact one by default) straight into the shardings of `abstract`.
 
@@ -168,7 +193,7 @@ class Checkpoints:
 
     def _restored(self, abstract: TrainState, step: int) -> Restored:
         # Compared first: a read that fails half-way leaves others of it running.
-        _check_shapes(self._manager.item_metadata(step)["state"], abstract, self.folder / str(step))
+        _check_shapes(self._manager.item_metadata(step)[_STATE], abstract, self.folder / str(step))
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -239,7 +264,7 @@ class Checkpoints:
         """Validation losses by step, of the checkpoints that are there and can be read."""
         losses = {}
         for step in self._manager.all_steps():
-            with contextlib.suppress(*_UNREADABLE):
+            with contextlib.suppress(*UNREADABLE):
                 losses[step] = float(self._description(step)["val_loss"])
         return losses
 
@@ -287,7 +312,7 @@ class _BestByLoss(PreservationPolicy):
 
 def _tells_of_damage(error: Exception) -> bool:
     """Whether a read failed for what is on disk; what the store finds amiss comes as a plain Exception."""
-    unreadable = isinstance(error, _UNREADABLE) or type(error) is Exception
+    unreadable = isinstance(error, UNREADABLE) or type(error) is Exception
     return unreadable and not isinstance(error, ModelError)
 
 

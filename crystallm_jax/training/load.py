@@ -1,23 +1,20 @@
 """Weights from wherever they are: a published checkpoint, a model folder, or a run of this package."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-
-import jax
-import numpy as np
+from typing import Any
 
 from crystallm_jax.config import load_config
+from crystallm_jax.convert.arrange import flattened, params_from_named
 from crystallm_jax.convert.folder import WEIGHTS_FILE, read_folder
 from crystallm_jax.convert.published import read_published
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.model.layout import unstacked
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
-from crystallm_jax.training.sharding import make_mesh
-from crystallm_jax.training.step import compile_steps
 
 DEFAULT_NAME = "default"
 """The name of the model in the package."""
@@ -36,9 +33,9 @@ def load_weights(path: str | Path) -> Weights:
     if (path / WEIGHTS_FILE).is_file():
         return read_folder(path)
     if (path / CHECKPOINTS_FOLDER).is_dir():
-        return _read_run(path)
+        return read_run(path)
     if path.parent.name == CHECKPOINTS_FOLDER and path.name.isdecimal() and path.is_dir():
-        return _read_run(path.parents[1], step=int(path.name))
+        return read_run(path.parents[1], step=int(path.name))
     raise ModelError(
         f"{path}: no model there; expected a published ckpt.pt, a folder with {WEIGHTS_FILE}, or a run folder"
         f" with {CHECKPOINTS_FOLDER}/"
@@ -61,14 +58,42 @@ def crop_block_size(weights: Weights, block_size: int, *, place: str) -> Weights
     return Weights(config, {**weights.params, "wpe": {"embedding": table}})
 
 
-def _read_run(path: Path, step: int | None = None) -> Weights:
-    config = load_config(TrainConfig, path / CONFIG_FILE)
+def read_run(path: Path, step: int | None = None) -> Weights:
+    """The weights that a run exports: their moving average where it keeps one.
+
+    Whatever mesh and layout it was trained in, by this version or an earlier one.
+
+    Args:
+        path: the run folder.
+        step: of the checkpoint; None takes the newest intact one.
+
+    Raises:
+        ModelError: there is no such checkpoint, or it is damaged.
+    """
     with Checkpoints(path / CHECKPOINTS_FOLDER) as checkpoints:
-        vocab_size = int(checkpoints.describe(step)["vocab_size"])
-        model_config = config.model_config(vocab_size)
-        # Whatever mesh it was trained on, it is read onto one device, of this process where there are several.
-        one_device = make_mesh(1, 1, jax.local_devices()[:1])
-        steps = compile_steps(config, model_config, one_device)
-        state = checkpoints.restore(steps.abstract, step).state
-    params = jax.tree.map(np.asarray, unstacked(state.exported))
-    return Weights(replace(model_config, layers="unrolled", remat="none"), params)
+        description = checkpoints.describe(step)
+        config = run_model_config(path, description)
+        averaged = float(description.get("train", {}).get("ema_decay", 0)) > 0
+        root = "ema" if averaged else "params"
+        saved = checkpoints.read(lambda names: names[0] == root, step)
+    place = str(checkpoints.folder / str(saved.step))
+    return Weights(config, params_from_named(flattened(saved.arrays[root]), config, place=place))
+
+
+def run_model_config(path: Path, description: Mapping[str, Any]) -> ModelConfig:
+    """The shape that a checkpoint of a run was saved with, as models are kept: a layer after the other.
+
+    Args:
+        path: the run folder, whose configuration says it where the checkpoint does not.
+        description: of the checkpoint.
+
+    Raises:
+        ConfigError: the run's configuration cannot be read.
+    """
+    if "model" in description:
+        known = {field.name for field in fields(ModelConfig)}
+        config = ModelConfig(**{key: value for key, value in description["model"].items() if key in known})
+    else:
+        settings = load_config(TrainConfig, path / CONFIG_FILE)
+        config = settings.model_config(int(description["vocab_size"]))
+    return replace(config, layers="unrolled", remat="none")
