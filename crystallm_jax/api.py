@@ -145,10 +145,12 @@ class CrystalModel:
 
 
 def load_model(path_or_name: str | Path = "default", *, dtype: DType = "float32") -> CrystalModel:
-    """Load a model: `default` (the one in the package), a run folder, a model folder, or a published `ckpt.pt`.
+    """Load a model of any format.
 
     Args:
-        path_or_name: where it is.
+        path_or_name: a run folder or one of its checkpoints, a model folder, a Hugging Face folder, a published
+            `ckpt.pt` or its archive, `model.npz`; or a name: `default` (the one in the package), `hf:owner/name`, or a
+            published model (`crystallm_v1_small`), which is downloaded the first time.
         dtype: arithmetic of the blocks; bfloat16 is faster on accelerators and gives other samples.
 
     Raises:

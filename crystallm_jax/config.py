@@ -5,13 +5,15 @@ Parsing, merging and type checks are OmegaConf's; what is added here is one-line
 
 import dataclasses
 import difflib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasToken, AnchorToken, YAMLError
 
 from crystallm_jax.errors import ConfigError
 
@@ -74,12 +76,29 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def load_plain_yaml(text: str) -> Any:
+    """Read YAML of plain values; anchors are refused: a few lines of them can stand for gigabytes.
+
+    Raises:
+        YAMLError: it is none, or has anchors.
+        ValueError: it is nested too deep.
+    """
+    try:
+        if any(isinstance(token, AnchorToken | AliasToken) for token in yaml.scan(text)):
+            raise YAMLError("it has anchors (& and *): write the values out")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def _read_yaml(path: Path) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        load_plain_yaml(text)
+        loaded = OmegaConf.load(io.StringIO(text))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         first_line = str(error).split("\n", 1)[0]
         raise ConfigError(f"{path}: cannot be read as YAML: {first_line}") from None
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):

@@ -25,6 +25,7 @@ from crystallm_jax.cif import CIFError
 from crystallm_jax.cli import main
 from crystallm_jax.cli import sample as sample_verb
 from crystallm_jax.convert.folder import write_folder
+from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.prepare import prepare
 from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.model import ModelConfig, init_params
@@ -70,7 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model as a folder."""
     path = tmp_path_factory.mktemp("cli") / "model"
     params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
-    write_folder(path, CONFIG, params, card="A random model.")
+    write_folder(path, Weights(CONFIG, params))
     return path
 
 
@@ -541,15 +542,15 @@ WRONG_REQUESTS = [
 ]
 
 WRONG_MODELS = [
-    ("{bad}/absent", 1, "absent: no model there; expected a published ckpt"),
+    ("{bad}/absent", 1, "absent: no model there; expected a file"),
     ("{bad}/empty_folder", 1, "no model there; expected"),
     ("{bad}/empty.pt", 1, r"empty\.pt: not a PyTorch checkpoint"),
     ("{bad}/junk.pt", 1, r"junk\.pt: not a PyTorch checkpoint"),
-    ("{bad}/cut_model", 1, "not a safetensors file, or a damaged one"),
+    ("{bad}/cut_model", 1, "damaged or changed since it was written"),
     (
         "{bad}/other_shape",
         1,
-        r"tensor wte\.embedding has shape \(371, 32\); config\.yaml asks for \(371, 64\)",
+        r"tensor wte\.embedding has shape \(371, 32\); the configuration asks for \(371, 64\)",
     ),
 ]
 

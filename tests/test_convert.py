@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from crystallm_jax.convert import read_published
-from crystallm_jax.convert.published import params_from_tensors
+from crystallm_jax.convert.names import optimizer_order
+from crystallm_jax.convert.published import read_published_training
 from crystallm_jax.convert.torch_file import read_torch_file
 from crystallm_jax.errors import CrystallmError, ModelError
 from crystallm_jax.model import ModelConfig, init_params
@@ -26,6 +27,7 @@ STORAGES = {
     "f2": "Half",
     "i8": "Long",
     "i4": "Int",
+    "i1": "Char",
     "u1": "Byte",
     "b1": "Bool",
 }
@@ -56,6 +58,8 @@ def _pickled(value: Any, storages: list[np.ndarray]) -> bytes:
             opcodes = b"J" + struct.pack("<i", value)
         case float():
             opcodes = b"G" + struct.pack(">d", value)
+        case list():
+            opcodes = b"](" + b"".join(_pickled(part, storages) for part in value) + b"e"
         case dict():
             items = (_pickled(part, storages) for item in value.items() for part in item)
             opcodes = b"}(" + b"".join(items) + b"u"
@@ -388,13 +392,162 @@ def test_model_args_without_a_key_are_refused_with_it(tmp_path: Path) -> None:
     _refused(lambda: read_published(path), str(path), "lacks n_embd")
 
 
-def test_tensors_left_over_missing_or_misshapen_are_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"transformer.h.0.attn.bias": np.zeros(3)}, ["transformer.h.0.attn.bias", "no parameter"]),
+        ({"transformer.ln_f.weight": None}, ["transformer.ln_f.weight", "missing"]),
+        ({"transformer.ln_f.weight": [1.0] * 8}, ["transformer.ln_f.weight", "no tensor"]),
+        ({"transformer.h.0.mlp.c_fc.weight": np.zeros((8, 32))}, ["c_fc.weight", "(8, 32)", "(32, 8)"]),
+        ({"lm_head.weight": np.zeros((11, 8), np.float32)}, ["tied"]),
+        ({"transformer.ln_f.weight": np.ones(8, np.int8)}, ["transformer.ln_f.weight", "int8"]),
+        ({"transformer.ln_f.weight": np.array([1] * 7 + [np.nan], "f4")}, ["ln_f.weight", "not finite"]),
+        ({"transformer.ln_f.weight": np.full(8, 1e300)}, ["ln_f.weight", "not finite"]),
+        ({"module.transformer.ln_f.weight": np.ones(8, np.float32)}, ["ln_f.weight", "twice"]),
+        (
+            {"transformer.ln_f.weight": ("Float", {"key": "0", "count": 88, "shape": [8], "strides": [1]})},
+            ["share"],
+        ),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_model_are_refused_by_name(
+    changed: dict[str, Any], parts: list[str], tmp_path: Path
+) -> None:
+    tensors: dict[str, Any] = _published_tensors(PLAIN)
+    for name, value in changed.items():
+        tensors[name] = _tensor(value[0], **value[1]) if isinstance(value, tuple) else value
+    path = _save(tmp_path / "x.pt", _checkpoint(PLAIN, tensors))
+    _refused(lambda: read_published(path), str(path), *parts)
+
+
+def test_masks_and_wrappers_of_other_versions_are_no_parameters(tmp_path: Path) -> None:
     tensors = _published_tensors(PLAIN)
-    extra = tensors | {"transformer.h.0.attn.bias": np.zeros(3)}
-    _refused(lambda: params_from_tensors(extra, PLAIN, place="here"), "here", "transformer.h.0.attn.bias")
-    fewer = {name: value for name, value in tensors.items() if name != "transformer.ln_f.weight"}
-    _refused(lambda: params_from_tensors(fewer, PLAIN, place="here"), "transformer.ln_f.weight", "missing")
-    turned = tensors | {"transformer.h.0.mlp.c_fc.weight": tensors["transformer.h.0.mlp.c_fc.weight"].T}
-    _refused(lambda: params_from_tensors(turned, PLAIN, place="here"), "c_fc.weight", "(8, 32)", "(32, 8)")
-    untied = tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}
-    _refused(lambda: params_from_tensors(untied, PLAIN, place="here"), "tied")
+    mask = np.tril(np.ones((1, 1, 6, 6), np.float32))
+    wrapped = {f"module._orig_mod.{name}": value for name, value in tensors.items()}
+    wrapped |= {f"module._orig_mod.transformer.h.{layer}.attn.bias": mask for layer in (0, 1)}
+    read = read_published(_save(tmp_path / "x.pt", _checkpoint(PLAIN, wrapped)))
+    plain = read_published(_save(tmp_path / "y.pt", _checkpoint(PLAIN, tensors)))
+    jax.tree.map(np.testing.assert_array_equal, read.params, plain.params)
+
+
+def test_a_file_of_another_kind_is_said_to_be_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.")
+    _refused(lambda: read_published(path), str(path), "before 1.6")
+    path.write_bytes(struct.pack("<Q", 2) + b"{}")
+    _refused(lambda: read_published(path), str(path), "safetensors")
+
+
+@pytest.mark.parametrize("key", ["iter_num", "best_val_loss", "config"])
+def test_what_is_no_number_or_table_is_refused_or_left_out(key: str, tmp_path: Path) -> None:
+    for value in (np.zeros(3, np.float32), "many", [1], -1, float("nan"), {"lr": np.zeros(2)}):
+        path = _save(tmp_path / "x.pt", _checkpoint(PLAIN, _published_tensors(PLAIN)) | {key: value})
+        if key == "iter_num":
+            _refused(lambda path=path: read_published(path), str(path), key)
+        else:
+            training = read_published(path).training
+            assert (training.best_val_loss, training.settings) in ((None, {}), (1.5, {}))
+
+
+def _optimizer(config: ModelConfig, step: Any) -> dict[str, Any]:
+    """The state of a torch AdamW after some updates."""
+    tensors = _published_tensors(config, seed=1)
+    order = optimizer_order(config)
+    names = order.decayed + order.others
+    first = len(order.decayed)
+    return {
+        "state": {
+            number: {"step": step, "exp_avg": tensors[name], "exp_avg_sq": tensors[name] + 1}
+            for number, name in enumerate(names)
+        },
+        "param_groups": [
+            {"lr": 1e-3, "params": list(range(first))},
+            {"lr": 1e-3, "params": list(range(first, len(names)))},
+        ],
+    }
+
+
+@pytest.mark.parametrize("step", [3, 3.0, np.array(3, np.float32), np.array([3], np.int64)])
+def test_moments_are_those_of_their_parameters(step: Any, tmp_path: Path) -> None:
+    tensors = _published_tensors(BIASED)
+    saved = _checkpoint(BIASED, tensors, optimizer=_optimizer(BIASED, step))
+    path = _save(tmp_path / "x.pt", saved | {"config": {"beta1": 0.9, "x": [1]}})
+    assert read_published(path).training.moments is None
+    read = read_published_training(path)
+    assert read.training.settings == {"beta1": 0.9}
+    moments = read.training.moments
+    assert moments.updates == 3
+    expected = read_published(
+        _save(tmp_path / "y.pt", _checkpoint(BIASED, _published_tensors(BIASED, seed=1)))
+    )
+    jax.tree.map(np.testing.assert_array_equal, moments.first, expected.params)
+    jax.tree.map(
+        lambda found, one: np.testing.assert_array_equal(found, one + 1), moments.second, moments.first
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda o: o.pop("state"), ["state"]),
+        (lambda o: o.update(state=[1]), ["state"]),
+        (lambda o: o["state"].pop(0), ["h.0.attn.c_attn.weight", "AdamW"]),
+        (lambda o: o["state"][1].pop("exp_avg_sq"), ["h.0.attn.c_proj.weight", "exp_avg_sq"]),
+        (lambda o: o["state"][1].update(max_exp_avg_sq=1), ["h.0.attn.c_proj.weight", "max_exp_avg_sq"]),
+        (lambda o: o["state"].update({99: o["state"][0]}), ["16 parameters", "15"]),
+        (lambda o: o["state"][2].update(step=4), ["c_fc.weight", "4 times"]),
+        (lambda o: o["state"][2].update(step=float("nan")), ["c_fc.weight", "count"]),
+        (lambda o: o["state"][2].update(step=2.0**31), ["c_fc.weight", "count"]),
+        (lambda o: o["state"][2].update(step=np.zeros(2, np.float32)), ["c_fc.weight", "count"]),
+        (lambda o: o["state"][0].update(exp_avg=np.zeros((8, 24), "f4")), ["exp_avg", "c_attn", "(24, 8)"]),
+        (lambda o: o["state"][0].update(exp_avg=np.zeros((24, 8), "i1")), ["exp_avg", "c_attn", "int8"]),
+        (lambda o: o["state"][0].update(exp_avg_sq=np.full((24, 8), np.inf, "f4")), ["exp_avg_sq", "finite"]),
+        (lambda o: o["state"][0].update(exp_avg=None), ["exp_avg", "missing"]),
+        (lambda o: o.pop("param_groups"), ["no parameters"]),
+        (lambda o: o.update(param_groups=[{"params": 3}, None]), ["0 and 0 parameters"]),
+        (lambda o: o["param_groups"][1]["params"].pop(), ["8 and 6", "8 decay and 7 do not"]),
+        (lambda o: o["param_groups"][1]["params"].__setitem__(0, 0), ["number"]),
+    ],
+)
+def test_an_optimiser_that_is_not_of_the_model_is_refused_and_its_weights_are_read(
+    change: Callable[[Any], Any], parts: list[str], tmp_path: Path
+) -> None:
+    optimizer = _optimizer(PLAIN, 3)
+    optimizer["state"] = {number: dict(entry) for number, entry in optimizer["state"].items()}
+    change(optimizer)
+    path = _save(tmp_path / "x.pt", _checkpoint(PLAIN, _published_tensors(PLAIN), optimizer=optimizer))
+    assert read_published(path).config == PLAIN
+    _refused(lambda: read_published_training(path), str(path), *parts)
+
+
+def test_moments_stay_unread_where_weights_alone_are_asked_for(tmp_path: Path) -> None:
+    saved = _checkpoint(PLAIN, _published_tensors(PLAIN), optimizer=_optimizer(PLAIN, 3), best_val_loss=1.5)
+    path = _save(tmp_path / "x.pt", saved)
+    with zipfile.ZipFile(path) as archive:
+        last = max(
+            archive.infolist(),
+            key=lambda info: info.header_offset * info.filename.startswith("archive/data/"),
+        )
+    content = bytearray(path.read_bytes())
+    content[last.header_offset + 30 + len(last.filename)] ^= 1
+    path.write_bytes(content)
+    assert read_published(path).training.step == 7
+    _refused(lambda: read_published_training(path), str(path), last.filename, "damaged")
+
+
+def test_a_member_that_claims_more_than_the_file_is_refused(tmp_path: Path) -> None:
+    path = _save(tmp_path / "x.pt", np.zeros(4, np.float32))
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"archive/data/0") - 46
+    content[entry + 20 : entry + 28] = struct.pack("<II", 1 << 30, 1 << 30)
+    path.write_bytes(content)
+    _refused(lambda: read_torch_file(path), str(path), "archive/data/0", "refused")
+
+
+def test_containers_that_stand_for_many_times_their_size_are_refused(tmp_path: Path) -> None:
+    part = _tensor("Float", key="0", count=4, shape=[4], strides=[1])
+    many = _save(tmp_path / "x.pt", {"base": np.zeros(4, np.float32), "all": b"(" + part * 100 + b"t"})
+    _refused(lambda: read_torch_file(many), str(many), "refused")
+    # A list of the list before it, twice, forty times over.
+    nested = b"]" + b"".join(b"q%c](h%ch%ce" % (n, n, n) for n in range(40))
+    assert len(read_torch_file(_save(tmp_path / "y.pt", nested))) == 2

@@ -1,6 +1,7 @@
 """Model folders and runs as sources of weights: what is written is read again, what is damaged is refused."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,28 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from crystallm_jax.config import to_yaml
-from crystallm_jax.convert.folder import CONFIG_FILE, WEIGHTS_FILE, read_folder, write_folder
-from crystallm_jax.convert.weights import Weights
-from crystallm_jax.errors import ConfigError, CrystallmError
+from crystallm_jax.convert.card import CARD_FILE, ModelCard, damage_of, read_card
+from crystallm_jax.convert.folder import (
+    CONFIG_FILE,
+    MOMENTS_FILE,
+    TRAINING_FILE,
+    VOCABULARY_FILE,
+    WEIGHTS_FILE,
+    read_folder,
+    read_folder_training,
+    write_folder,
+)
+from crystallm_jax.convert.weights import Moments, Training, Weights
+from crystallm_jax.errors import CrystallmError, ModelError
 from crystallm_jax.model import GPT, ModelConfig, init_params
+from crystallm_jax.model.layout import stacked
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.step import create_state
 
 BIASED = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11, bias=True)
+SPEAKING = dataclasses.replace(BIASED, vocab_size=371, n_layer=1)
 
 
 def _refused(read: Callable[[], Any], *parts: str) -> str:
@@ -41,71 +54,148 @@ def params() -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path, params: Any) -> Path:
-    write_folder(tmp_path / "model", BIASED, params, card="# A model\n")
+    write_folder(tmp_path / "model", Weights(BIASED, params))
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2**-10)])
+@pytest.fixture
+def old_folder(folder: Path) -> Path:
+    """As format 1 had it: no hashes."""
+    (folder / CARD_FILE).write_text("# A model\n")
+    return folder
+
+
+def _equal(ours: Any, theirs: Any) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_a_model_folder_gives_back_what_was_written(
-    dtype: str, tolerance: float, tmp_path: Path, params: Any
+    dtype: Any, tolerance: float, tmp_path: Path, params: Any
 ) -> None:
     path = tmp_path / "deep" / "model"
-    write_folder(path, BIASED, params, card="# A model\n", dtype=dtype)
+    write_folder(path, Weights(BIASED, params), dtype=dtype)
     read = read_folder(path)
     assert read.config == BIASED
     assert jax.tree.structure(read.params) == jax.tree.structure(params)
     for ours, theirs in zip(jax.tree.leaves(read.params), jax.tree.leaves(params), strict=True):
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=1e-7 if tolerance else 0)
-    assert {file.name for file in path.iterdir()} == {WEIGHTS_FILE, CONFIG_FILE, "MODEL_CARD.md"}
-    assert {value.dtype for value in load_file(path / WEIGHTS_FILE).values()} == {np.dtype(dtype)}
+    assert {file.name for file in path.iterdir()} == {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}
+    assert {value.dtype.name for value in load_file(path / WEIGHTS_FILE).values()} == {dtype}
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 9, b"cut"])
+def test_orbax_parameters_are_the_same_model(tmp_path: Path, params: Any) -> None:
+    path = tmp_path / "model"
+    write_folder(path, Weights(BIASED, params), storage="orbax")
+    assert not (path / WEIGHTS_FILE).exists()
+    _equal(load_weights(path).params, params)
+    part = max((path / "params").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    part.write_bytes(b"\0" * part.stat().st_size)
+    _refused(lambda: load_weights(path), str(path), "damaged")
+
+
+def test_moments_travel_with_a_folder_and_are_read_when_asked_for(tmp_path: Path, params: Any) -> None:
+    first, second = (jax.tree.map(lambda leaf, k=k: leaf + k, params) for k in (1, 2))
+    training = Training(7, 0.5, {"beta1": 0.9}, Moments(6, first, second))
+    write_folder(tmp_path / "model", Weights(BIASED, params, training))
+    light = read_folder(tmp_path / "model").training
+    assert light == Training(7, 0.5, {"beta1": 0.9})
+    read = read_folder_training(tmp_path / "model").training
+    assert (read.step, read.moments.updates) == (7, 6)
+    _equal((read.moments.first, read.moments.second), (first, second))
+    moments = tmp_path / "model" / MOMENTS_FILE
+    moments.write_bytes(moments.read_bytes()[:-4] + b"oops")
+    _refused(lambda: read_folder_training(tmp_path / "model"), MOMENTS_FILE, "damaged")
+    (tmp_path / "model" / TRAINING_FILE).write_text("{")
+    _refused(lambda: read_folder(tmp_path / "model"), TRAINING_FILE)
+
+
+def test_a_card_says_what_is_known_and_its_hashes_hold(tmp_path: Path) -> None:
+    weights = Weights(SPEAKING, jax.device_get(init_params(SPEAKING, jax.random.key(1))))
+    card = ModelCard("cc-by-4.0", "Crystals: of --- many kinds", "crystallm train", {"val_loss": 0.25})
+    written = write_folder(tmp_path / "model", weights, card=card)
+    read = read_card(tmp_path / "model")
+    assert read == dataclasses.replace(written, text=read.text)
+    assert (read.license, read.data, read.metrics) == (card.license, card.data, card.metrics)
+    assert set(read.files) == {WEIGHTS_FILE, CONFIG_FILE, VOCABULARY_FILE}
+    assert [damage_of(tmp_path / "model", read, name) for name in read.files] == [None] * 3
+    tokens = json.loads((tmp_path / "model" / VOCABULARY_FILE).read_text())
+    (tmp_path / "model" / VOCABULARY_FILE).write_text(json.dumps([tokens[1], tokens[0], *tokens[2:]]))
+    assert damage_of(tmp_path / "model", read, VOCABULARY_FILE)
+    _refused(lambda: read_folder(tmp_path / "model"), VOCABULARY_FILE, "token 0")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "a: [",
+        "files: 3",
+        "files: {x: 1}",
+        "files: {../x: {bytes: 1, sha256: a}}",
+        "metrics: {a: b}",
+        "a: &x [1]\nb: *x",
+    ],
+)
+def test_a_damaged_card_is_refused(head: str, folder: Path) -> None:
+    (folder / CARD_FILE).write_text(f"---\n{head}\n---\nText\n")
+    _refused(lambda: load_weights(folder), CARD_FILE, "damaged")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 9, b"cut", b"bit"])
 def test_damaged_weights_are_refused(content: bytes, folder: Path) -> None:
     weights = folder / WEIGHTS_FILE
-    weights.write_bytes(weights.read_bytes()[:-8] if content == b"cut" else content)
-    _refused(lambda: load_weights(folder), str(weights), "damaged")
+    whole = weights.read_bytes()
+    weights.write_bytes(
+        {b"cut": whole[:-8], b"bit": whole[:-1] + bytes([whole[-1] ^ 1])}.get(content, content)
+    )
+    _refused(lambda: load_weights(folder), str(folder), WEIGHTS_FILE, "damaged")
+    (folder / CARD_FILE).unlink()
+    if content != b"bit":
+        _refused(lambda: load_weights(folder), str(weights), "damaged")
 
 
-def test_weights_that_are_not_what_the_configuration_says_are_refused(folder: Path) -> None:
-    weights = folder / WEIGHTS_FILE
+def test_weights_that_are_not_what_the_configuration_says_are_refused(old_folder: Path) -> None:
+    weights = old_folder / WEIGHTS_FILE
     tensors = load_file(weights)
     save_file(tensors | {"extra": np.zeros(2, np.float32)}, weights)
-    _refused(lambda: read_folder(folder), str(weights), "extra")
+    _refused(lambda: read_folder(old_folder), str(weights), "extra")
     save_file({name: value for name, value in tensors.items() if name != "ln_f.scale"}, weights)
-    _refused(lambda: read_folder(folder), str(weights), "ln_f.scale", "missing")
+    _refused(lambda: read_folder(old_folder), str(weights), "ln_f.scale", "missing")
+    save_file(tensors | {"ln_f.scale": np.full(8, np.nan, np.float32)}, weights)
+    _refused(lambda: read_folder(old_folder), str(weights), "ln_f.scale", "not finite")
     save_file(tensors, weights)
-    (folder / CONFIG_FILE).write_text(to_yaml(dataclasses.replace(BIASED, block_size=7)))
-    _refused(lambda: read_folder(folder), "wpe.embedding", "(6, 8)", "(7, 8)")
-    (folder / CONFIG_FILE).write_text("n_layer: two\n")
-    with pytest.raises(ConfigError, match="n_layer"):
-        read_folder(folder)
-    (folder / CONFIG_FILE).unlink()
-    _refused(lambda: read_folder(folder), str(folder / CONFIG_FILE), "no such")
+    (old_folder / CONFIG_FILE).write_text(to_yaml(dataclasses.replace(BIASED, block_size=7)))
+    _refused(lambda: read_folder(old_folder), "wpe.embedding", "(6, 8)", "(7, 8)")
+    (old_folder / CONFIG_FILE).write_text("n_layer: two\n")
+    _refused(lambda: read_folder(old_folder), CONFIG_FILE, "n_layer")
+    (old_folder / CONFIG_FILE).unlink()
+    _refused(lambda: read_folder(old_folder), str(old_folder / CONFIG_FILE), "no such")
 
 
-def test_a_folder_without_weights_is_refused(folder: Path) -> None:
-    (folder / WEIGHTS_FILE).unlink()
-    _refused(lambda: read_folder(folder), WEIGHTS_FILE, "no such file")
+def test_a_folder_that_is_there_is_not_written_over(folder: Path, params: Any) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ModelError, match="is there already"):
+        write_folder(folder, Weights(BIASED, params))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not list(folder.parent.glob("*.partial"))
 
 
-def test_weights_are_loaded_from_a_model_folder_and_from_a_run(
-    folder: Path, tmp_path: Path, params: Any
-) -> None:
-    assert load_weights(folder).config == BIASED
-
-    run = tmp_path / "run"
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_weights_are_loaded_from_a_run(layers: Any, tmp_path: Path, params: Any) -> None:
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dtype")
-    config = TrainConfig(**{name: getattr(BIASED, name) for name in names}, batch_size=1)
-    description = {"vocab_size": BIASED.vocab_size}
-    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
-        state = create_state(config, jax.device_put(params))
-        checkpoints.save(state, step=3, data_state={}, description=description, val_loss=None)
-    (run / CONFIG_FILE).write_text(to_yaml(config))
-    read = load_weights(run)
-    assert read.config == BIASED
-    jax.tree.map(np.testing.assert_array_equal, read.params, params)
+    config = TrainConfig(**{name: getattr(BIASED, name) for name in names}, batch_size=1, layers=layers)
+    trained = stacked(params, BIASED.n_layer) if layers == "scanned" else params
+    state = create_state(config, jax.device_put(trained))
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        described = {"vocab_size": BIASED.vocab_size}
+        checkpoints.save(state, step=3, data_state={}, description=described, val_loss=None)
+    (tmp_path / CONFIG_FILE).write_text(to_yaml(config))
+    for path in (tmp_path, tmp_path / "checkpoints" / "3"):
+        read = load_weights(path)
+        assert read.config == BIASED
+        _equal(read.params, params)
 
 
 def test_where_no_model_is_nothing_is_loaded(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text
 from crystallm_jax.config import load_config
 from crystallm_jax.convert.folder import write_folder
+from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.feed import evaluation_batches
 from crystallm_jax.data.preparing.writer import StoreWriter
@@ -421,7 +422,7 @@ def test_a_run_begins_with_the_weights_of_a_model_folder(
 ) -> None:
     model = dataclasses.replace(TINY, block_size=block_size).model_config(371)
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(model, jax.random.key(9)))
-    write_folder(tmp_path / "model", model, params, card="")
+    write_folder(tmp_path / "model", Weights(model, params))
     config = dataclasses.replace(
         TINY,
         dataset=str(dataset),

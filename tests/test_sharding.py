@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from crystallm_jax.convert.arrange import flattened
+from crystallm_jax.convert.card import ModelCard
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import ModelConfig, init_params
+from crystallm_jax.training.export import Format, export
+from crystallm_jax.training.load import load_weights
 from crystallm_jax.training.sharding import FSDP, make_mesh, parameter_specs, state_shardings
 
 ROOT = Path(__file__).parents[1]
@@ -66,10 +70,13 @@ def test_only_the_data_axis_runs_between_tpu_slices() -> None:
 
 
 _EIGHT_DEVICES = """
-import dataclasses, json
+import dataclasses, json, pathlib, sys
 import jax, numpy as np
+from crystallm_jax.convert.arrange import flattened
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.errors import ConfigError
+from crystallm_jax.model.layout import unstacked
+from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
@@ -105,6 +112,12 @@ for name, data, fsdp, tensor, layers in (
         if ("h_0" in str(path) or "'h'" in str(path)) and "kernel" in str(path)
     }
     report[name] = {"losses": losses, "shards": kernels}
+# The last, split over all three axes, is saved as a run saves it.
+run = pathlib.Path(sys.argv[1])
+with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+    described = {"vocab_size": 29, "model": dataclasses.asdict(model_config)}
+    checkpoints.save(state, step=3, data_state={}, description=described, val_loss=None)
+np.savez(run / "expected.npz", **flattened(unstacked(jax.device_get(state.params))))
 for name, changes, fsdp, tensor in (
     ("batch", {"batch_size": 12}, 1, 1),
     ("width", {"n_embd": 36}, 8, 1),
@@ -120,11 +133,16 @@ print(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def eight_devices() -> dict[str, Any]:
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("eight_devices")
+
+
+@pytest.fixture(scope="module")
+def eight_devices(saved_run: Path) -> dict[str, Any]:
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", _EIGHT_DEVICES],
+        [sys.executable, "-c", _EIGHT_DEVICES, str(saved_run)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -143,6 +161,20 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh: str, eight_devices: dic
         eight_devices[mesh]["losses"], eight_devices["1"]["losses"], rtol=0, atol=MESH_TOLERANCE
     )
     assert np.isfinite(eight_devices["1"]["losses"]).all()
+
+
+@pytest.mark.parametrize("form", ["folder", "published", "numpy"])
+def test_what_eight_devices_trained_is_exported_and_loaded_on_one(
+    form: Format, eight_devices: dict[str, Any], saved_run: Path, tmp_path: Path
+) -> None:
+    assert jax.device_count() == 1
+    target = tmp_path / "model"
+    export(load_weights(saved_run), target, form=form, card=ModelCard())
+    with np.load(saved_run / "expected.npz") as expected:
+        found = flattened(load_weights(target).params)
+        assert found.keys() == set(expected)
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, expected[name])
 
 
 @pytest.mark.parametrize(("mesh", "parts"), [("dp 8", 1), ("fsdp 8", 8), ("2 x 4", 4)])

@@ -1,4 +1,4 @@
-"""`crystallm info`: what a prepared folder holds, and whether it is whole; of a run folder, where the run stands."""
+"""`crystallm info`: what a prepared folder or a model holds, and whether it is whole; of a run, where it stands."""
 
 import argparse
 import dataclasses
@@ -50,6 +50,8 @@ examples:
   crystallm info data/mine --json | jq .splits.train.elements.Na
   crystallm info runs/mine
   crystallm info runs/mine --json | jq .best_val_loss
+  crystallm info models/mine
+  crystallm info default
 """
 
 
@@ -57,8 +59,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb and its flags."""
     parser = subparsers.add_parser(
         "info",
-        help="what a prepared folder holds, and whether it is whole; where a training run stands",
-        description="Describe a prepared folder and verify it; exits with 1 if anything is wrong with it. "
+        help="what a prepared folder or a model holds, and whether it is whole; where a training run stands",
+        description="Describe a prepared folder or a model and verify it; exits with 1 if anything is wrong with it. "
         "Or describe a run folder, while it is written to, too, and draw its curves.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,7 +68,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "folder",
         metavar="DIR",
-        help="a prepared folder, or published token files or their archive; or a run folder",
+        help="a prepared folder, or published token files or their archive; a model of any format; or a run folder",
     )
     parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
     parser.add_argument(
@@ -95,6 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
         from crystallm_jax.cli.run_info import show  # noqa: PLC0415
 
         return show(arguments)
+    if (model := _model(arguments.folder)) is not None:
+        from crystallm_jax.cli.model_info import show as show_model  # noqa: PLC0415  needs JAX
+
+        return show_model(arguments, model)
     from crystallm_jax.data.describe import describe  # noqa: PLC0415  needs NumPy, --help does not
 
     found = describe(arguments.folder, verify=not arguments.no_verify)
@@ -107,6 +113,19 @@ def run(arguments: argparse.Namespace) -> int:
 
         plot_lengths(found, arguments.plot)
     return 1 if found.problems else 0
+
+
+def _model(name: str) -> Path | None:
+    """Where the model of this name lies; None for what is no model."""
+    from crystallm_jax.convert.detect import is_model  # noqa: PLC0415  needs NumPy, --help does not
+
+    if is_model(Path(name)):
+        return Path(name)
+    if Path(name).exists():
+        return None
+    from crystallm_jax.training.sources import is_name, locate  # noqa: PLC0415
+
+    return locate(name) if is_name(name) else None
 
 
 def report(found: "StoreDescription") -> str:

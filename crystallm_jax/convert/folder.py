@@ -1,84 +1,237 @@
-"""A model as a folder: `model.safetensors`, `config.yaml` and `MODEL_CARD.md`.
+"""A model as a folder that travels.
 
-Parameters lie under their paths joined by dots (`h_0.attn.c_attn.kernel`), in float32 or, to halve the size, float16.
+    config.yaml             the shape
+    vocab.json              the tokens, a list in the order of their ids
+    model.safetensors       the parameters by name (`h_0.attn.c_attn.kernel`), matrices and vectors; or
+    params/                 the same numbers as an orbax checkpoint, nested, for readers that load it sharded
+    optimizer.safetensors   the optimiser's moments, `first.NAME` and `second.NAME`; where they were kept
+    training.json           where training stands: step, best validation loss, settings; where it is known
+    MODEL_CARD.md           data, licence, command, metrics, and the hashes of the files above
+
+Folders of format 1 had the first, the third and the last, without hashes; they are read as ever.
 """
 
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
+from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.config import load_config, to_yaml
-from crystallm_jax.convert.published import parameter_table
-from crystallm_jax.convert.weights import Weights
-from crystallm_jax.errors import ModelError
+from crystallm_jax.convert.arrange import flattened, named_arrays, params_from_named
+from crystallm_jax.convert.card import CARD_FILE, ModelCard, damage_of, read_card, with_hashes
+from crystallm_jax.convert.tensors import read_tensors, write_tensors
+from crystallm_jax.convert.weights import Moments, Training, Weights
+from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
+PARAMS_FOLDER = "params"
 CONFIG_FILE = "config.yaml"
-CARD_FILE = "MODEL_CARD.md"
+VOCABULARY_FILE = "vocab.json"
+MOMENTS_FILE = "optimizer.safetensors"
+TRAINING_FILE = "training.json"
+Storage = Literal["safetensors", "orbax"]
+FloatType = Literal["float32", "float16", "bfloat16"]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a model folder lies there."""
+    return (path / CONFIG_FILE).is_file() and (
+        (path / WEIGHTS_FILE).is_file() or (path / PARAMS_FOLDER).is_dir()
+    )
 
 
 def read_folder(path: str | Path) -> Weights:
-    """Read a model folder; every tensor is checked by name and shape.
+    """Read a model folder without the optimiser's moments; every tensor is checked by name, shape and hash.
 
     Raises:
         ModelError: a file is missing or damaged, or a tensor is missing, left over or of another shape.
     """
     path = Path(path)
-    config = load_config(ModelConfig, path / CONFIG_FILE)
-    weights = path / WEIGHTS_FILE
     try:
-        tensors = load_file(weights)
-    except FileNotFoundError:
-        raise ModelError(f"{weights}: no such file; a model folder holds it beside {CONFIG_FILE}") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{weights}: not a safetensors file, or a damaged one: {error}") from None
-    params: dict[str, Any] = {}
-    for entry in parameter_table(config).values():
-        name = ".".join(entry.path)
-        if name not in tensors:
-            raise ModelError(f"{weights}: tensor {name} is missing")
-        value = tensors.pop(name)
-        if value.shape != entry.shape:
-            raise ModelError(
-                f"{weights}: tensor {name} has shape {value.shape}; {CONFIG_FILE} asks for {entry.shape}"
-            )
-        place = params
-        for part in entry.path[:-1]:
-            place = place.setdefault(part, {})
-        place[entry.path[-1]] = value.astype(np.float32).reshape(entry.held)
-    if tensors:
-        raise ModelError(f"{weights}: tensors that no parameter takes: {', '.join(sorted(tensors)[:5])}")
-    return Weights(config, params)
+        config = load_config(ModelConfig, path / CONFIG_FILE)
+    except ConfigError as error:  # the command line was right
+        raise ModelError(str(error)) from None
+    card = read_card(path)
+    _check_vocabulary(path, config)
+    for name in card.files:
+        if name == WEIGHTS_FILE or name.startswith(f"{PARAMS_FOLDER}/"):
+            _check_hash(path, card, name)
+    if (path / PARAMS_FOLDER).is_dir() and not (path / WEIGHTS_FILE).exists():
+        from crystallm_jax.convert.orbax_params import read_params  # noqa: PLC0415  JAX, for these folders alone
+
+        place = path / PARAMS_FOLDER
+        named = flattened(read_params(place))
+    else:
+        place = path / WEIGHTS_FILE
+        named = read_tensors(place)
+    params = params_from_named(named, config, place=str(place))
+    return Weights(config, params, _training(path))
+
+
+def read_folder_training(path: str | Path) -> Weights:
+    """Read a model folder, the optimiser's moments with it where it keeps them.
+
+    Raises:
+        ModelError: a file is missing or damaged, or a tensor is missing, left over or of another shape.
+    """
+    path = Path(path)
+    weights = read_folder(path)
+    if weights.training is None or not (path / MOMENTS_FILE).is_file():
+        return weights
+    _check_hash(path, read_card(path), MOMENTS_FILE)
+    tensors = read_tensors(path / MOMENTS_FILE)
+    parts: dict[str, dict[str, np.ndarray]] = {"first": {}, "second": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    first, second = (
+        params_from_named(parts[part], weights.config, place=f"{path / MOMENTS_FILE}: {part} moments")
+        for part in ("first", "second")
+    )
+    saved = json.loads((path / TRAINING_FILE).read_bytes())
+    moments = Moments(int(saved.get("updates", weights.training.step)), first, second)
+    return replace(weights, training=replace(weights.training, moments=moments))
 
 
 def write_folder(
-    path: str | Path, config: ModelConfig, params: dict[str, Any], *, card: str, dtype: str = "float32"
-) -> None:
-    """Write a model folder; each file appears under its name when it is complete.
+    path: str | Path,
+    weights: Weights,
+    *,
+    card: ModelCard | None = None,
+    dtype: FloatType = "float32",
+    storage: Storage = "safetensors",
+) -> ModelCard:
+    """Write a model folder; it appears under its name when it is complete.
 
     Args:
-        path: the folder, made if need be.
-        config: the model's shape.
-        params: nested parameters.
-        card: text of `MODEL_CARD.md`: data, licence, how it was trained, metrics.
-        dtype: storage of the tensors, `float32` or `float16`.
+        path: the folder, which must not be there yet, or be empty.
+        weights: the model; the moments of its training are kept, in float32.
+        card: what is known of it; the number of parameters and the hashes are filled in.
+        dtype: of the parameters in the file.
+        storage: of the parameters.
+
+    Returns:
+        The card as it was written.
+
+    Raises:
+        ModelError: the folder is there already, or cannot be written.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for entry in parameter_table(config).values():
-        value = params
-        for part in entry.path:
-            value = value[part]
-        tensors[".".join(entry.path)] = np.ascontiguousarray(np.asarray(value), dtype).reshape(entry.shape)
-    partial = path / f"{WEIGHTS_FILE}.partial"
-    save_file(tensors, partial)
-    partial.replace(path / WEIGHTS_FILE)
-    for name, text in ((CONFIG_FILE, to_yaml(config)), (CARD_FILE, card)):
-        partial = path / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(path / name)
+    named = named_arrays(weights.params, weights.config)
+    count = sum(value.size for value in named.values())
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ModelError(f"{path}: is there already: give another name, or remove it")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_params(partial, named, dtype=dtype, storage=storage)
+        (partial / CONFIG_FILE).write_text(to_yaml(weights.config), encoding="utf-8")
+        if weights.config.vocab_size == len(TOKENS):
+            (partial / VOCABULARY_FILE).write_text(json.dumps(TOKENS) + "\n", encoding="utf-8")
+        if weights.training is not None:
+            _write_training(partial, weights.training, weights.config)
+        card = with_hashes(replace(card or ModelCard(), parameters=count), partial)
+        (partial / CARD_FILE).write_text(card.to_markdown(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return card
+
+
+def _write_params(
+    folder: Path, named: Mapping[str, np.ndarray], *, dtype: FloatType, storage: Storage
+) -> None:
+    stored = {name: np.ascontiguousarray(value, _numpy_type(dtype)) for name, value in named.items()}
+    if storage == "orbax":
+        from crystallm_jax.convert.orbax_params import write_params  # noqa: PLC0415  JAX, for these folders alone
+
+        write_params(folder / PARAMS_FOLDER, nested(stored))
+    else:
+        write_tensors(folder / WEIGHTS_FILE, stored)
+
+
+def _numpy_type(dtype: FloatType) -> np.dtype[Any]:
+    if dtype == "bfloat16":
+        import ml_dtypes  # noqa: PLC0415  NumPy has no such type of its own
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
+
+
+def nested(named: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays by name as nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, value in named.items():
+        *before, last = name.split(".")
+        inner = tree
+        for part in before:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return tree
+
+
+def _write_training(folder: Path, training: Training, config: ModelConfig) -> None:
+    state: dict[str, Any] = {"step": training.step, "settings": training.settings}
+    if training.best_val_loss is not None and math.isfinite(training.best_val_loss):
+        state["best_val_loss"] = training.best_val_loss
+    if training.moments is not None:
+        state["updates"] = training.moments.updates
+        trees = {"first": training.moments.first, "second": training.moments.second}
+        tensors = dict(_prefixed(trees, config))
+        write_tensors(folder / MOMENTS_FILE, tensors)
+    (folder / TRAINING_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def _prefixed(trees: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    for part, tree in trees.items():
+        for name, value in named_arrays(tree, config).items():
+            yield f"{part}.{name}", np.ascontiguousarray(value, np.float32)
+
+
+def _check_hash(path: Path, card: ModelCard, name: str) -> None:
+    if damage := damage_of(path, card, name):
+        raise ModelError(f"{path}: damaged or changed since it was written: {damage}: get another copy")
+
+
+def _check_vocabulary(path: Path, config: ModelConfig) -> None:
+    file = path / VOCABULARY_FILE
+    try:
+        tokens = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(tokens, list) or len(tokens) != config.vocab_size:
+        raise ModelError(f"{file}: not a list of the {config.vocab_size} tokens that {CONFIG_FILE} asks for")
+    differing = next(
+        (i for i, pair in enumerate(zip(tokens, TOKENS, strict=False)) if pair[0] != pair[1]), None
+    )
+    if differing is not None:
+        raise ModelError(
+            f"{file}: its token {differing} is {tokens[differing]!r}, this package's is {TOKENS[differing]!r}: the"
+            " model speaks another dialect"
+        )
+
+
+def _training(path: Path) -> Training | None:
+    file = path / TRAINING_FILE
+    if not file.is_file():
+        return None
+    try:
+        saved = json.loads(file.read_bytes())
+        best = saved.get("best_val_loss")
+        return Training(
+            int(saved["step"]), None if best is None else float(best), dict(saved.get("settings") or {})
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None

@@ -1,125 +1,198 @@
-"""Published PyTorch checkpoints (`ckpt.pt`): names and shapes of their tensors against ours.
+"""Published PyTorch checkpoints (`ckpt.pt`), both ways.
 
-A published checkpoint is a dictionary of `model`, `optimizer`, `model_args`, `iter_num`, `best_val_loss` and
-`config`. Its linear weights are stored as [out, in]; ours as [in, out]. The output layer is the token embedding
-under a second name.
+Such a checkpoint is a dictionary of `model`, `optimizer`, `model_args`, `iter_num`, `best_val_loss` and `config`.
 """
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from crystallm_jax.convert.torch_file import read_torch_file
+from crystallm_jax.convert.moments import optimizer_state, read_count, read_moments
+from crystallm_jax.convert.names import (
+    ParameterEntry,
+    parameter_table,
+    params_from_tensors,
+    published_arrays,
+)
+from crystallm_jax.convert.torch_file import StoredTensor, open_torch_file
+from crystallm_jax.convert.torch_write import write_torch_file
 from crystallm_jax.convert.weights import Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
 
-COMPILED_PREFIX = "_orig_mod."
+__all__ = [
+    "ParameterEntry",
+    "parameter_table",
+    "read_published",
+    "read_published_training",
+    "write_published",
+]
+
+# What compiled models and those trained by several processes put before every name.
+_WRAPPERS = ("_orig_mod.", "module.")
+_EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
+# The validation loss of the published code before it has one; without validation it saves 0.
+_NO_LOSS = 1e9
+
+PUBLISHED_DEFAULTS: Mapping[str, Any] = {
+    "out_dir": "out",
+    "eval_interval": 250,
+    "log_interval": 1,
+    "eval_iters_train": 200,
+    "eval_iters_val": 200,
+    "eval_only": False,
+    "always_save_checkpoint": False,
+    "init_from": "scratch",
+    "dataset": "",
+    "gradient_accumulation_steps": 40,
+    "batch_size": 64,
+    "block_size": 2048,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "dropout": 0.0,
+    "bias": False,
+    "learning_rate": 6e-4,
+    "max_iters": 600_000,
+    "weight_decay": 1e-1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "decay_lr": True,
+    "warmup_iters": 2000,
+    "lr_decay_iters": 600_000,
+    "min_lr": 6e-5,
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "compile": True,
+    "underrep_p": 0.0,
+    "validate": False,
+}
+"""The settings that the published training code knows, and what it takes where none is given."""
 
 
 def read_published(path: str | Path) -> Weights:
-    """Read a published `ckpt.pt` into parameters of ours; every tensor is checked by name and shape.
+    """Read a published `ckpt.pt` but for the optimiser's moments, which are left on disk, unseen.
 
     Raises:
-        ModelError: not such a file, a tensor missing, left over or of another shape, or something in it that a
-            checkpoint has no need of.
+        ModelError: not such a file, a tensor missing, left over, of another shape or type or not finite, or something
+            in it that a checkpoint has no need of.
     """
-    saved = read_torch_file(path)
+    with open_torch_file(path) as saved:
+        return _read_weights(saved, path)
+
+
+def read_published_training(path: str | Path) -> Weights:
+    """Read a published `ckpt.pt` with the optimiser's moments; None where it has made no update yet.
+
+    Raises:
+        ModelError: as of `read_published`; or the optimiser is no AdamW over the parameters of the model.
+    """
+    with open_torch_file(path) as saved:
+        weights = _read_weights(saved, path)
+        moments = read_moments(saved.get("optimizer"), weights.config, place=str(path))
+        return replace(weights, training=replace(weights.training or Training(0), moments=moments))
+
+
+def write_published(path: str | Path, weights: Weights) -> None:
+    """Write a `ckpt.pt` that the published code loads, samples from and resumes.
+
+    Of the settings those are written that the published code knows; the others are left out, and it takes its defaults
+    for those that are missing. Without moments the optimiser is saved as one that has made no update: the published
+    code resumes from it too, at the same step, with moments that begin at zero.
+
+    Args:
+        path: the file, replaced where it exists; it appears under its name when it is complete.
+        weights: what to write. To be trained on, their parameters must be those that the moments are of, not their
+            moving average.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    config = weights.config
+    training = weights.training or Training(0)
+    model_args = {name: getattr(config, name) for name in (*_SHAPE_KEYS, "dropout")}
+    shape = {name: value for name, value in model_args.items() if name in PUBLISHED_DEFAULTS}
+    given = {name: training.settings[name] for name in PUBLISHED_DEFAULTS if name in training.settings}
+    settings = {**PUBLISHED_DEFAULTS, **given, **shape}
+    model = dict(published_arrays(weights.params, config))
+    best = _NO_LOSS if training.best_val_loss is None else float(training.best_val_loss)
+    write_torch_file(
+        path,
+        {
+            "model": model | {_HEAD: model[_EMBEDDING]},
+            "optimizer": optimizer_state(training.moments, config, settings),
+            "model_args": model_args,
+            "iter_num": training.step,
+            "best_val_loss": best,
+            "config": settings,
+        },
+    )
+
+
+def _read_weights(saved: Any, path: str | Path) -> Weights:
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
         raise ModelError(f"{path}: not a published checkpoint: it has no `model` and `model_args`")
     if not isinstance(saved["model"], dict):
         raise ModelError(f"{path}: its `model` is no table of tensors")
     config = _model_config(saved["model_args"], path)
-    tensors = {str(name).removeprefix(COMPILED_PREFIX): value for name, value in saved["model"].items()}
+    tensors = _unwrapped(saved["model"], path)
     if config.n_layer > len(tensors):
         raise ModelError(
             f"{path}: {len(tensors)} tensors are too few for the {config.n_layer} layers that it states"
         )
-    params = params_from_tensors(tensors, config, place=str(path))
-    best = float(np.asarray(saved.get("best_val_loss", float("inf"))))
-    return Weights(config, params, Training(int(saved.get("iter_num", 0)), best))
-
-
-def params_from_tensors(tensors: dict[str, np.ndarray], config: ModelConfig, *, place: str) -> dict[str, Any]:
-    """Arrange tensors under their published names into the nested parameters of `GPT`.
-
-    Raises:
-        ModelError: a tensor is missing, left over or of another shape than `config` asks for.
-    """
-    remaining = dict(tensors)
-    head = remaining.pop("lm_head.weight", None)
-    params: dict[str, Any] = {}
-    for name, entry in parameter_table(config).items():
-        if name not in remaining:
-            raise ModelError(f"{place}: tensor {name} is missing")
-        value = np.asarray(remaining.pop(name))
-        shape = entry.shape[::-1] if entry.transposed else entry.shape
-        if value.shape != shape:
-            raise ModelError(
-                f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {shape}"
-            )
-        value = np.ascontiguousarray(value.T if entry.transposed else value, np.float32)
-        _place(params, entry.path, value.reshape(entry.held))
-    if remaining:
-        raise ModelError(f"{place}: tensors that no parameter takes: {', '.join(sorted(remaining)[:5])}")
-    if head is not None and not np.array_equal(head, tensors["transformer.wte.weight"]):
-        raise ModelError(f"{place}: its output layer is not its token embedding; only tied models are known")
-    return params
-
-
-class ParameterEntry(NamedTuple):
-    """Where a published tensor lives in our parameters.
-
-    Attributes:
-        path: of the parameter.
-        shape: of it in our files, a matrix or vector.
-        transposed: whether the published tensor is its transpose.
-        held: its shape in memory, of the same elements in the same order.
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    transposed: bool
-    held: tuple[int, ...]
-
-
-def parameter_table(config: ModelConfig) -> dict[str, ParameterEntry]:
-    """The published name of every parameter of a model."""
-    D = config.n_embd
-    table = {
-        "transformer.wte.weight": ParameterEntry(
-            ("wte", "embedding"), (config.vocab_size, D), transposed=False, held=(config.vocab_size, D)
-        ),
-        "transformer.wpe.weight": ParameterEntry(
-            ("wpe", "embedding"), (config.block_size, D), transposed=False, held=(config.block_size, D)
-        ),
-    }
-
-    def add(
-        published: str, path: tuple[str, ...], shape: tuple[int, ...], held: tuple[int, ...] | None = None
-    ) -> None:
-        held = held or shape
-        linear = len(shape) > 1
-        table[f"{published}.weight"] = ParameterEntry(
-            (*path, "kernel" if linear else "scale"), shape, linear, held
-        )
-        if config.bias:
-            table[f"{published}.bias"] = ParameterEntry(
-                (*path, "bias"), shape[-1:], transposed=False, held=held[1:] if linear else held
-            )
-
     for layer in range(config.n_layer):
-        published, ours = f"transformer.h.{layer}", f"h_{layer}"
-        add(f"{published}.ln_1", (ours, "ln_1"), (D,))
-        add(f"{published}.attn.c_attn", (ours, "attn", "c_attn"), (D, 3 * D), held=(D, 3, D))
-        add(f"{published}.attn.c_proj", (ours, "attn", "c_proj"), (D, D))
-        add(f"{published}.ln_2", (ours, "ln_2"), (D,))
-        add(f"{published}.mlp.c_fc", (ours, "mlp", "c_fc"), (D, 4 * D))
-        add(f"{published}.mlp.c_proj", (ours, "mlp", "c_proj"), (4 * D, D))
-    add("transformer.ln_f", ("ln_f",), (D,))
-    return table
+        # The causal mask, which PyTorch before 2.0 needed, is no parameter.
+        mask = tensors.get(f"transformer.h.{layer}.attn.bias")
+        if isinstance(mask, StoredTensor) and mask.shape == (1, 1, config.block_size, config.block_size):
+            del tensors[f"transformer.h.{layer}.attn.bias"]
+    head = tensors.pop(_HEAD, tensors.get(_EMBEDDING))
+    params = params_from_tensors(tensors, config, place=str(path))
+    if head != tensors[_EMBEDDING] and not _equals(head, params["wte"]["embedding"]):
+        raise ModelError(f"{path}: its output layer is not its token embedding; only tied models are known")
+    step = read_count(saved.get("iter_num", 0), f"{path}: its iter_num")
+    return Weights(config, params, Training(step, _best_loss(saved), _settings(saved)))
+
+
+def _unwrapped(model: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:
+    """Tensors by their names, without what was put before these."""
+    tensors: dict[str, Any] = {}
+    for key, value in model.items():
+        name = str(key)
+        while wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), ""):
+            name = name.removeprefix(wrapper)
+        if name in tensors:
+            raise ModelError(f"{path}: tensor {name} is there twice")
+        tensors[name] = value
+    return tensors
+
+
+def _equals(head: Any, embedding: Any) -> bool:
+    same = isinstance(head, StoredTensor) and head.shape == embedding.shape
+    return same and bool((head.read() == embedding).all())
+
+
+def _best_loss(saved: Mapping[str, Any]) -> float | None:
+    best = saved.get("best_val_loss")
+    if isinstance(best, StoredTensor) and best.shape == ():
+        best = best.read().item()
+    known = isinstance(best, int | float) and math.isfinite(best) and 0 < best < _NO_LOSS
+    return float(best) if known else None  # type: ignore[arg-type]  # it is a number
+
+
+def _settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values among the settings of the run."""
+    config = saved.get("config")
+    if not isinstance(config, dict):
+        return {}
+    return {
+        str(name): value
+        for name, value in config.items()
+        if value is None or type(value) in (bool, int, float, str)
+    }
 
 
 def _model_config(model_args: Any, path: str | Path) -> ModelConfig:
@@ -133,13 +206,7 @@ def _model_config(model_args: Any, path: str | Path) -> ModelConfig:
             bias=bool(model_args["bias"]),
             dropout=float(model_args.get("dropout", 0.0)),
         )
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         missing = sorted(set(_SHAPE_KEYS) - set(model_args)) if isinstance(model_args, dict) else []
         reason = f"lacks {', '.join(missing)}" if missing else str(error)
         raise ModelError(f"{path}: its model_args cannot be used: {reason}") from None
-
-
-def _place(params: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
-    for name in path[:-1]:
-        params = params.setdefault(name, {})
-    params[path[-1]] = value

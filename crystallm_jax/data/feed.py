@@ -188,7 +188,11 @@ class Feed:
                     f" would give other batches: {_MENDS.get(key, f'set {key} back')}, or begin a new run with"
                     " init_from=RUN_FOLDER"
                 )
-        self._steps.set_state({"next_index": state["next_index"]})
+        self.go_to(state["next_index"])
+
+    def go_to(self, step: int) -> None:
+        """Go on with the batches after those of the first `step` steps."""
+        self._steps.set_state({"next_index": step})
 
     def record_ids(self, step: int) -> list[list[list[str]]]:
         """Ids of the records that step `step` of a run reads, counted from 1: by micro-batch and row, of all hosts.

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from crystallm_jax.artifacts.cache import cache_folder
 from crystallm_jax.errors import ConfigError
 
 AUTO = "auto"
@@ -48,7 +49,7 @@ def use_compilation_cache(setting: str | None) -> Path | None:
     """Keep compiled steps on disk, so that a run that is started again need not compile; returns where, if anywhere.
 
     Args:
-        setting: a folder; `auto`: $JAX_COMPILATION_CACHE_DIR, else one in the user's cache folder on accelerators and
+        setting: a folder; `auto`: $JAX_COMPILATION_CACHE_DIR, else one in `cache_folder()` on accelerators and
             none on a CPU, whose code may not run on another; empty or None for none.
 
     Raises:
@@ -59,8 +60,7 @@ def use_compilation_cache(setting: str | None) -> Path | None:
             return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])  # jax has read it
         if jax.default_backend() == "cpu":
             return None
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "crystallm_jax" / "compiled"
+        folder = cache_folder() / "compiled"
     elif not setting:
         jax.config.update("jax_compilation_cache_dir", None)
         return None

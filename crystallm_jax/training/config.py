@@ -22,6 +22,8 @@ class TrainConfig:
         out_dir: the run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`.
         dataset: a prepared folder.
         init_from: `scratch`, `resume` (from `out_dir`), or the path of a model to start from.
+        init_state: (new) what is taken from `init_from=PATH`: its `weights` alone, or `all`, the optimiser's moments
+            and the step too, so that the run goes on where the other stood.
         existing_run: (new) what to do when `out_dir` holds a run already and `init_from` is not `resume`: `refuse`, or
             `resume` it, so that a scheduler can give the same command again.
         eval_interval: optimiser steps between evaluations.
@@ -92,6 +94,7 @@ class TrainConfig:
     out_dir: str = "out"
     dataset: str = ""
     init_from: str = "scratch"
+    init_state: Literal["weights", "all"] = "weights"
     existing_run: Literal["refuse", "resume"] = "refuse"
 
     eval_interval: int = 250
@@ -189,6 +192,8 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.init_state == "all" and self.init_from == "scratch":
+            raise ConfigError("init_state=all needs a model to go on from: give init_from=PATH")
         if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
             raise ConfigError(
                 f"lr_decay_iters={self.lr_decay_iters} must be above warmup_iters={self.warmup_iters}"

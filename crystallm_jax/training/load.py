@@ -1,13 +1,18 @@
-"""Weights from wherever they are: a published checkpoint, a model folder, or a run of this package."""
+"""Weights from wherever they are: files and folders of every format, and runs."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from crystallm_jax.artifacts import model_archives
 from crystallm_jax.config import load_config
 from crystallm_jax.convert.arrange import flattened, params_from_named
+from crystallm_jax.convert.detect import kind_of_file, kind_of_folder
 from crystallm_jax.convert.folder import WEIGHTS_FILE, read_folder
+from crystallm_jax.convert.huggingface import read_huggingface
+from crystallm_jax.convert.npz import read_npz
 from crystallm_jax.convert.published import read_published
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
@@ -15,31 +20,72 @@ from crystallm_jax.model import ModelConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
-
-DEFAULT_NAME = "default"
-"""The name of the model in the package."""
-DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / DEFAULT_NAME
+from crystallm_jax.training.sources import DEFAULT_NAME, locate, read_archive
 
 
-def load_weights(path: str | Path) -> Weights:
-    """Read a published `ckpt.pt`, a model folder, a run folder's newest checkpoint, one of them, or `default`.
+def load_weights(path_or_name: str | Path) -> Weights:
+    """Read a model: a file or folder of any format, a run's newest checkpoint or one of them, or one that is named.
 
     Raises:
-        ModelError: nothing of the kind is there, or it is damaged.
+        CrystallmError: nothing of the kind is there, or it is damaged.
     """
-    path = DEFAULT_MODEL if str(path) == DEFAULT_NAME else Path(path)
-    if path.is_file():
-        return read_published(path)
-    if (path / WEIGHTS_FILE).is_file():
-        return read_folder(path)
+    path = locate(path_or_name)
+    try:
+        if path.is_file():
+            return _read_file(path)
+        match kind_of_folder(path):
+            case "folder":
+                return read_folder(path)
+            case "huggingface":
+                return read_huggingface(path)
+    except PermissionError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    run, step = run_of(path)
+    return read_run(run, step)
+
+
+def _read_file(path: Path) -> Weights:
+    match kind_of_file(path):
+        case "numpy":
+            return read_npz(path)
+        case "archive":
+            return read_archive(path)
+        case "safetensors":
+            if kind_of_folder(path.parent) == "none":
+                raise ModelError(
+                    f"{path}: parameters alone: give the folder that holds them with their {CONFIG_FILE}"
+                )
+            return load_weights(path.parent)
+    return read_published(path)
+
+
+class RunPath(NamedTuple):
+    """A run folder, and the step of one of its checkpoints; None for the newest intact one."""
+
+    folder: Path
+    step: int | None
+
+
+def run_of(path: Path) -> RunPath:
+    """The run that a path names: its folder, or one of its checkpoints.
+
+    Raises:
+        ModelError: it names none.
+    """
     if (path / CHECKPOINTS_FOLDER).is_dir():
-        return read_run(path)
+        return RunPath(path, None)
     if path.parent.name == CHECKPOINTS_FOLDER and path.name.isdecimal() and path.is_dir():
-        return read_run(path.parents[1], step=int(path.name))
+        return RunPath(path.parents[1], int(path.name))
     raise ModelError(
-        f"{path}: no model there; expected a published ckpt.pt, a folder with {WEIGHTS_FILE}, or a run folder"
-        f" with {CHECKPOINTS_FOLDER}/"
+        f"{path}: no model there; expected a file (ckpt.pt, model.npz), a folder with {WEIGHTS_FILE}, a run folder"
+        f" with {CHECKPOINTS_FOLDER}/, or a name: {DEFAULT_NAME}, hf:OWNER/NAME, or one that `crystallm download --list`"
+        f" shows{_hint(path)}"
     )
+
+
+def _hint(path: Path) -> str:
+    close = difflib.get_close_matches(str(path), (DEFAULT_NAME, *model_archives()), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def crop_block_size(weights: Weights, block_size: int, *, place: str) -> Weights:
@@ -73,11 +119,27 @@ def read_run(path: Path, step: int | None = None) -> Weights:
     with Checkpoints(path / CHECKPOINTS_FOLDER) as checkpoints:
         description = checkpoints.describe(step)
         config = run_model_config(path, description)
-        averaged = float(description.get("train", {}).get("ema_decay", 0)) > 0
-        root = "ema" if averaged else "params"
+        root = "ema" if _is_averaged(description) else "params"
         saved = checkpoints.read(lambda names: names[0] == root, step)
     place = str(checkpoints.folder / str(saved.step))
     return Weights(config, params_from_named(flattened(saved.arrays[root]), config, place=place))
+
+
+def keeps_average(path: Path) -> bool:
+    """Whether this is a run, or a checkpoint of one, that keeps a moving average of its weights.
+
+    Raises:
+        ModelError: it is a run without an intact checkpoint.
+    """
+    if path.is_file() or kind_of_folder(path) != "none":
+        return False
+    run, step = run_of(path)
+    with Checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
+        return _is_averaged(checkpoints.describe(step))
+
+
+def _is_averaged(description: Mapping[str, Any]) -> bool:
+    return float(description.get("train", {}).get("ema_decay", 0)) > 0
 
 
 def run_model_config(path: Path, description: Mapping[str, Any]) -> ModelConfig:

@@ -83,7 +83,7 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
         out_dir = stack.enter_context(_made(config.out_dir))
         checkpoints = stack.enter_context(Checkpoints(out_dir / CHECKPOINTS_FOLDER, config.keep_checkpoints))
         feed = stack.enter_context(contextlib.closing(_opened_feed(config, store, share)))
-        state, first_step = start(config, model_config, steps, checkpoints, feed)
+        state, first_step, patience = start(config, model_config, steps, checkpoints, feed)
         # An evaluation leaves the run that it is of as it was.
         if is_writer() and not (config.eval_only and first_step > 0):
             _write_config(out_dir, config)
@@ -98,9 +98,8 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
             NonFiniteSteps(config, feed),
             Patience(config.patience),
         )
-        if first_step > 0:
-            described = checkpoints.describe(first_step)
-            trainer.patience.set_state(described.get("patience", trainer.patience.get_state()))
+        if patience is not None:
+            trainer.patience.set_state(patience)
         num_params = count_params(steps.abstract.params)
         logger.info(
             "%s: %.2f M parameters, %d training records, %d devices, from step %d of %d",

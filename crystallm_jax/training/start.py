@@ -12,6 +12,7 @@ from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.metrics import METRICS_FILE
+from crystallm_jax.training.moments import crop_training, load_training, moved_state
 from crystallm_jax.training.step import CompiledSteps, TrainState, initial_state
 
 logger = logging.getLogger(__name__)
@@ -22,10 +23,11 @@ _STATE_KEYS = ("layers", "optimizer", "ema_decay")
 
 
 class Start(NamedTuple):
-    """The state to begin with and the steps that it has taken."""
+    """The state to begin with, the steps that it has taken, and where a resumed run's patience stood."""
 
     state: TrainState
     step: int
+    patience: dict[str, Any] | None = None
 
 
 def start(
@@ -48,7 +50,7 @@ def start(
         _check_state(config, saved["train"], str(checkpoints.folder))
         restored = checkpoints.restore(steps.abstract)
         feed.set_state(restored.data_state)
-        return Start(restored.state, restored.step)
+        return Start(restored.state, restored.step, restored.description.get("patience"))
     if newest is not None:
         raise ConfigError(
             f"{config.out_dir} already holds a run at step {newest}: use init_from=resume, existing_run=resume or"
@@ -58,9 +60,22 @@ def start(
         logger.warning("%s: holds no checkpoint to go on from: begun anew", config.out_dir)
     if config.init_from == "scratch":
         return Start(initial_state(config, model_config, steps), 0)
+    if config.init_state == "all":
+        return _moved(config, model_config, steps, feed)
     weights = crop_block_size(load_weights(config.init_from), config.block_size, place=config.init_from)
     _check_shape(dataclasses.asdict(model_config), dataclasses.asdict(weights.config), config.init_from)
     return Start(initial_state(config, model_config, steps, weights.params), 0)
+
+
+def _moved(config: TrainConfig, model_config: ModelConfig, steps: CompiledSteps, feed: Feed) -> Start:
+    """Go on where another run stood, with what comes then in the order of this run's own data."""
+    weights = crop_training(load_training(config.init_from), config.block_size, place=config.init_from)
+    _check_shape(dataclasses.asdict(model_config), dataclasses.asdict(weights.config), config.init_from)
+    state = moved_state(config, steps, weights, place=config.init_from)
+    step = int(state.step)
+    logger.info("%s: its run stood at step %d, and goes on here", config.init_from, step)
+    feed.go_to(step)
+    return Start(state, step)
 
 
 def _check_shape(wanted: dict[str, Any], found: dict[str, Any], place: str) -> None:

@@ -31,8 +31,8 @@ _CHUNK = 1 << 20
 _LARGEST_HEADER = 1 << 20
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _ENCRYPTED = 0x1
-# What zipfile raises on a member that is broken, encrypted, or packed in a way that it does not know.
-_MEMBER_DAMAGE = (zipfile.BadZipFile, RuntimeError, struct.error, ValueError, *DAMAGE)
+MEMBER_DAMAGE = (zipfile.BadZipFile, RuntimeError, struct.error, ValueError, *DAMAGE)
+"""What zipfile raises on a member that is broken, encrypted, or packed in a way that it does not know."""
 
 
 class Member(NamedTuple):
@@ -211,21 +211,28 @@ def read_zip(path: Path, on_bytes: OnBytes = nothing) -> Iterator[Record]:
     """
     try:
         with open_raw(path, on_bytes) as stream, zipfile.ZipFile(stream) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
             for info in archive.infolist():
-                _check_zip_member(path, info)
+                check_zip_member(path, info)
+            members = [info for info in archive.infolist() if not info.is_dir()]
             wanted = [info for info in members if _is_wanted(info.filename)]
             if not wanted:
                 raise _no_cifs(path, len(members))
             for info in wanted:
                 yield from _zip_records(archive, info)
-    except _MEMBER_DAMAGE as error:
+    except MEMBER_DAMAGE as error:
         if isinstance(error, DataError):
             raise
         raise unreadable(path, error) from error
 
 
-def _check_zip_member(path: Path, info: zipfile.ZipInfo) -> None:
+def check_zip_member(path: Path, info: zipfile.ZipInfo) -> None:
+    """Refuse a member of a zip that would leave the folder it was unpacked in, or that is no plain file.
+
+    Raises:
+        DataError: a name that points out of the archive, or none, a link or a device.
+    """
+    if not info.filename:
+        raise DataError(f"{path}: a member without a name: refused; get it from elsewhere")
     # zipfile rewrites the separators of the name, not those of the original.
     for name in {info.filename, info.orig_filename}:
         check_member_name(path, name)
@@ -246,7 +253,7 @@ def _zip_records(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[Re
     try:
         with archive.open(info) as stream:
             data = stream.read(LARGEST_TEXT + 1)
-    except _MEMBER_DAMAGE as error:
+    except MEMBER_DAMAGE as error:
         reason = "it is encrypted" if info.flag_bits & _ENCRYPTED else one_line(error)
         yield Record(name_id(name), "", f"{place} cannot be read ({reason})")
         return

@@ -1,0 +1,220 @@
+"""`crystallm download`: the published models and data by name."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from crystallm_jax.artifacts.fetching import Kept
+    from crystallm_jax.artifacts.source import Source
+    from crystallm_jax.artifacts.table import Artifact
+
+_EXAMPLE = """\
+examples:
+  crystallm download --list
+  crystallm download crystallm_v1_small
+  crystallm download prompts_mp_20_test challenge_set_v1 --unpack --out data
+  crystallm download cifs_v1_test.pkl.gz --out data
+  crystallm download --list --json | jq -r '.[] | select(.kind == "model") | .name'
+
+environment:
+  CRYSTALLM_MIRROR  the URL of a folder that holds the files, to have them from there
+  CRYSTALLM_CACHE   where files are kept (default: crystallm_jax in the user's cache folder)
+Proxies and certificates: HTTPS_PROXY, NO_PROXY and REQUESTS_CA_BUNDLE.
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    """Add the verb and its flags."""
+    parser = subparsers.add_parser(
+        "download",
+        help="the published models and data by name",
+        description="Download published files, check them and keep them; prints where each lies. A download that was "
+        "broken off goes on where it was.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a file, with or without its ending")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="put the files, or what is unpacked, there (default: leave files in the cache; unpack into the current "
+        "folder)",
+    )
+    parser.add_argument(
+        "--unpack",
+        action="store_true",
+        help="unpack archives into DIR/NAME (default: leave them as they are)",
+    )
+    parser.add_argument("--list", action="store_true", help="show all files, and which are in the cache")
+    parser.add_argument("--json", action="store_true", help="with --list: as a JSON array")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Download, or list; returns the exit code.
+
+    Raises:
+        ConfigError: flags that do not go together, or a mirror that is no URL.
+        DataError: a file that is not known, cannot be had, or cannot be put where it is wanted.
+    """
+    from crystallm_jax.artifacts.source import default_source  # noqa: PLC0415  --help needs none of it
+
+    _check(arguments)
+    source = default_source()
+    if arguments.list:
+        sys.stdout.write(_as_json(source) if arguments.json else _as_table(source))
+        return 0
+    from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
+
+    with terminate_as_interrupt():
+        _download(arguments, source)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from crystallm_jax.errors import ConfigError  # noqa: PLC0415
+
+    if arguments.list and (arguments.names or arguments.out or arguments.unpack):
+        raise ConfigError(
+            "--list shows what there is and takes neither NAMEs nor --out nor --unpack: leave them out"
+        )
+    if arguments.json and not arguments.list:
+        raise ConfigError("--json says how --list shows its table: add --list")
+    if not arguments.list and not arguments.names:
+        raise ConfigError("no NAME given: name files to download, or give --list to see them")
+
+
+def _download(arguments: argparse.Namespace, source: "Source") -> None:
+    from crystallm_jax.artifacts.fetching import fetch  # noqa: PLC0415
+    from crystallm_jax.artifacts.table import LICENCE, find  # noqa: PLC0415
+
+    # What cannot be done is said before anything is downloaded.
+    wanted = list(dict.fromkeys(find(name, source.artifacts) for name in arguments.names))
+    places = {artifact: _place(artifact, arguments) for artifact in wanted}
+    print(f"licence: {LICENCE}", file=sys.stderr)  # noqa: T201
+    for artifact, place in places.items():
+        path = fetch(artifact.name, source)
+        if place is not None and arguments.unpack:
+            _unpack(path, place)
+        elif place is not None:
+            _put(path, place, artifact)
+        sys.stdout.write(f"{place or path}\n")
+        sys.stdout.flush()
+
+
+def _place(artifact: "Artifact", arguments: argparse.Namespace) -> Path | None:
+    """Where a file, or what is in it, is to lie; None for the cache."""
+    from crystallm_jax.artifacts.unpacking import check_free  # noqa: PLC0415
+    from crystallm_jax.errors import DataError  # noqa: PLC0415
+
+    folder: Path = arguments.out or Path()
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--out {folder}: is a file: give a folder")
+    if not arguments.unpack:
+        return folder / artifact.name if arguments.out else None
+    if not artifact.is_archive:
+        raise DataError(f"{artifact.name}: is no archive: leave out --unpack")
+    check_free(folder / artifact.stem)
+    return folder / artifact.stem
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from crystallm_jax.artifacts.unpacking import unpack  # noqa: PLC0415
+
+    with tqdm(
+        total=path.stat().st_size, unit="B", unit_scale=True, desc=f"unpack {folder.name}", disable=None
+    ) as bar:
+        unpack(path, folder, on_bytes=bar.update)
+
+
+def _put(path: Path, place: Path, artifact: "Artifact") -> None:
+    """Put a file of the cache to another place, where nothing else may lie."""
+    from crystallm_jax.artifacts.fetching import md5_of  # noqa: PLC0415
+    from crystallm_jax.errors import DataError  # noqa: PLC0415
+
+    new = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        if place.exists():
+            if place.is_file() and md5_of(place) == artifact.md5:
+                return
+            raise DataError(
+                f"{place}: is there already and is another file: remove it, or give another --out"
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.hardlink_to(path)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(path, new)
+        new.replace(place)
+    except OSError as error:
+        raise DataError(
+            f"{place}: cannot be written: {error.strerror or error}; give another --out"
+        ) from None
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _as_table(source: "Source") -> str:
+    from crystallm_jax.artifacts.cache import artifact_folder  # noqa: PLC0415
+    from crystallm_jax.artifacts.source import without_password  # noqa: PLC0415
+    from crystallm_jax.artifacts.table import KINDS, LICENCE, size_text  # noqa: PLC0415
+
+    width = max(len(artifact.name) for artifact in source.artifacts)
+    lines = []
+    for kind, about in KINDS.items():
+        lines.append(about)
+        for artifact, held in _held(source.artifacts):
+            if artifact.kind == kind:
+                row = f"  {artifact.name:<{width}}  {size_text(artifact.size):>8}  {_state(artifact, held)}"
+                lines.append(row.rstrip())
+        lines.append("")
+    lines += [
+        f"from     {without_password(source.url)}",
+        f"cache    {artifact_folder()}",
+        f"licence  {LICENCE}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _held(artifacts: "Sequence[Artifact]") -> "list[tuple[Artifact, Kept]]":
+    from crystallm_jax.artifacts.fetching import kept  # noqa: PLC0415
+
+    return [(artifact, kept(artifact)) for artifact in artifacts]
+
+
+def _state(artifact: "Artifact", held: "Kept") -> str:
+    if held.state == "partial":
+        return f"{min(100 * held.size // artifact.size, 99)} % of it in the cache"
+    return {"checked": "in the cache", "unchecked": "in the cache, not checked yet"}.get(held.state, "")
+
+
+def _as_json(source: "Source") -> str:
+    from crystallm_jax.artifacts.cache import artifact_folder  # noqa: PLC0415
+    from crystallm_jax.artifacts.source import without_password  # noqa: PLC0415
+
+    rows = [
+        {
+            "name": artifact.stem,
+            "file": artifact.name,
+            "kind": artifact.kind,
+            "bytes": artifact.size,
+            "md5": artifact.md5,
+            "url": without_password(source.url_of(artifact)),
+            "cache": held.state,
+            "path": str(artifact_folder() / artifact.name)
+            if held.state in {"checked", "unchecked"}
+            else None,
+        }
+        for artifact, held in _held(source.artifacts)
+    ]
+    return json.dumps(rows, indent=2) + "\n"

@@ -1,0 +1,260 @@
+"""`crystallm embeddings`: the vectors of a model's tokens as files and pictures, and which tokens are alike."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from crystallm_jax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from crystallm_jax.embeddings.neighbours import Neighbour
+    from crystallm_jax.embeddings.projection import Projection
+    from crystallm_jax.embeddings.vectors import EmbeddingTable, Kind
+
+# As `DrawnKind` and `ProjectionName`, which need NumPy.
+_KINDS = ("atom", "digit", "spacegroup")
+_PROJECTIONS = ("pca", "tsne")
+_DEFAULT_OUT = "embeddings"
+# Of files, that say what they are, not whose.
+_PLAIN_NAMES = {"ckpt", "model"}
+
+_EXAMPLE = """\
+examples:
+  crystallm embeddings default
+  crystallm embeddings ckpt.pt --kind spacegroup --projection tsne --out pictures
+  crystallm embeddings crystallm_v1_small.atom_vectors.csv.gz --out pictures
+  crystallm embeddings runs/mine --neighbours Na --neighbours Fm-3m --count 5
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "embeddings",
+        help="the vectors of elements, digits and space groups: files, pictures, neighbours",
+        description="Write the vectors that a model has learned for its tokens in the published CSV layout, draw them"
+        " in the plane (PNG, and a page in which one can point at a token), and say how well neighbours agree with the"
+        " periodic table and the crystal systems.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "model",
+        metavar="M",
+        help="a model (run folder, model folder, ckpt.pt, `default`), or a CSV file of vectors, also gzipped",
+    )
+    add(
+        "--kind",
+        action="append",
+        choices=_KINDS,
+        help="of tokens; may be given several times (default: all three, or that of the CSV file)",
+    )
+    add(
+        "--projection",
+        choices=_PROJECTIONS,
+        default="pca",
+        help="principal components, or t-SNE over cosine distances (default: %(default)s)",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder for NAME.atom_vectors.csv (number_vectors, spacegroup_vectors), NAME.KIND.png and NAME.KIND.html"
+        f" (default: {_DEFAULT_OUT}; with --neighbours nothing is written unless it is given)",
+    )
+    add(
+        "--neighbours",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="print the nearest tokens by cosine; may be given several times; space groups with or without _sg,"
+        " \\n for the line end",
+    )
+    add("--count", type=_count, default=10, metavar="N", help="of neighbours (default: %(default)s)")
+    add(
+        "--among",
+        choices=("kind", "all"),
+        default="kind",
+        help="neighbours of the token's kind, or of the whole vocabulary (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write and print; returns the exit code.
+
+    Raises:
+        CrystallmError: the model or file cannot be read, a token is unknown, or the folder cannot be written.
+    """
+    name, tables = _tables(arguments)
+    found = [_neighbours(tables, text, arguments) for text in arguments.neighbours]
+    drawn: list[_Drawn] = []
+    if arguments.out is not None or not arguments.neighbours:
+        out = Path(arguments.out or _DEFAULT_OUT)
+        kinds = [kind for kind in tables if kind in (arguments.kind or _KINDS)]
+        drawn = [_write(name, tables[kind], out, arguments) for kind in kinds]
+    if arguments.json:
+        report = {
+            "model": name,
+            "source": arguments.model,
+            "projection": arguments.projection,
+            "kinds": {part.table.kind: part.report() for part in drawn},
+            "neighbours": [part._asdict() for part in found],
+        }
+        sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    else:
+        texts = [*(part.text() for part in drawn), *(part.text() for part in found)]
+        sys.stdout.write("\n".join(texts))
+    return 0
+
+
+class _Drawn(NamedTuple):
+    """A kind that was drawn."""
+
+    table: "EmbeddingTable"
+    projection: "Projection"
+    measures: Mapping[str, float]
+    files: tuple[str, ...]
+
+    def report(self) -> dict[str, Any]:
+        points = self.projection.points.tolist()
+        return {
+            "tokens": len(self.table.tokens),
+            "width": self.table.vectors.shape[1],
+            "files": self.files,
+            "variance_shares": self.projection.shares,
+            "measures": self.measures,
+            "points": dict(zip(self.table.tokens, points, strict=True)),
+        }
+
+    def text(self) -> str:
+        from crystallm_jax.embeddings.measures import sentences  # noqa: PLC0415
+
+        tokens, width = self.table.vectors.shape
+        head = f"{self.table.kind}: {tokens} vectors of {width} numbers"
+        lines = [head, *(f"  {sentence}" for sentence in sentences(self.measures))]
+        return "\n".join([*lines, *(f"  {file}" for file in self.files), ""])
+
+
+class _Near(NamedTuple):
+    """The neighbours of a token."""
+
+    token: str
+    among: str
+    neighbours: "list[Neighbour]"
+
+    def text(self) -> str:
+        from crystallm_jax.embeddings.vectors import shown  # noqa: PLC0415
+
+        rows = [(shown(token).removesuffix("_sg"), cosine) for token, cosine in self.neighbours]
+        width = max((len(token) for token, _ in rows), default=0)
+        lines = [f"{shown(self.token).removesuffix('_sg')}: nearest by cosine among {self.among}"]
+        return "\n".join([*lines, *(f"  {token:<{width}}  {cosine:7.4f}" for token, cosine in rows), ""])
+
+
+def _tables(arguments: argparse.Namespace) -> "tuple[str, dict[Kind, EmbeddingTable]]":
+    """The model's name, and its tables by kind; of a file of vectors, its one.
+
+    Raises:
+        CrystallmError: it cannot be read, or does not hold what is wanted.
+    """
+    from crystallm_jax.embeddings import vectors  # noqa: PLC0415  needs NumPy, --help does not
+
+    model = arguments.model
+    if vectors.is_vector_file(model):
+        table = vectors.read_csv(model)
+        other = next((kind for kind in arguments.kind or () if kind != table.kind), None)
+        if other is not None:
+            raise ConfigError(
+                f"--kind {other}: {model} holds vectors of the kind {table.kind}: leave --kind out"
+            )
+        if arguments.among == "all":
+            raise ConfigError(
+                f"--among all: {model} holds one kind of tokens: give a model, not a file of vectors"
+            )
+        return vectors.name_of_file(model), {table.kind: table}
+    from crystallm_jax.training.load import load_weights  # noqa: PLC0415
+
+    weights = load_weights(model)
+    kinds: tuple[Kind, ...] = get_args(vectors.Kind)
+    return _name_of(model), {kind: vectors.vectors_of(weights, kind, place=model) for kind in kinds}
+
+
+def _name_of(model: str) -> str:
+    """What a model is called: its folder or file; a checkpoint of a run, after the run and the step."""
+    path = Path(model)
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return f"{path.resolve().parents[1].name}-{path.name}"
+    if path.is_file():
+        return path.resolve().parent.name if path.stem in _PLAIN_NAMES else path.stem
+    return path.name if not path.exists() else path.resolve().name
+
+
+def _neighbours(tables: "Mapping[Kind, EmbeddingTable]", text: str, arguments: argparse.Namespace) -> _Near:
+    """Look a token's neighbours up.
+
+    Raises:
+        DataError: it is no token, or its vector is not there.
+    """
+    from crystallm_jax.embeddings import find_token, kind_of, nearest  # noqa: PLC0415
+
+    token = find_token(text)
+    kind: Kind = "all" if arguments.among == "all" else kind_of(token)
+    if kind not in tables:
+        known = ", ".join(tables)
+        raise DataError(
+            f"--neighbours {text}: {arguments.model} holds vectors of the kind {known}, not {kind}"
+        )
+    table = tables[kind]
+    among = (
+        f"the {len(table.tokens)} tokens" if kind == "all" else f"the {len(table.tokens)} of its kind, {kind}"
+    )
+    return _Near(token, among, nearest(table, token, arguments.count))
+
+
+def _write(name: str, table: "EmbeddingTable", out: Path, arguments: argparse.Namespace) -> _Drawn:
+    """Write the vectors, the picture and the page of a kind; each appears under its name when it is complete.
+
+    Raises:
+        DataError: the folder or a file in it cannot be written.
+    """
+    from crystallm_jax.embeddings.measures import measures, sentences  # noqa: PLC0415
+    from crystallm_jax.embeddings.page import page_of  # noqa: PLC0415
+    from crystallm_jax.embeddings.plot import plot_table  # noqa: PLC0415
+    from crystallm_jax.embeddings.projection import project  # noqa: PLC0415
+    from crystallm_jax.embeddings.vectors import drawn_kind, file_name, to_csv  # noqa: PLC0415
+
+    kind = drawn_kind(table)
+    projection, figures = project(table.vectors, arguments.projection), measures(table)
+    page = page_of(table, projection, name=name, measures=sentences(figures))
+    writers: dict[str, Callable[[Path], object]] = {
+        file_name(name, kind): lambda path: path.write_text(to_csv(table), encoding="utf-8"),
+        f"{name}.{kind}.png": lambda path: plot_table(table, projection, path, name=name),
+        f"{name}.{kind}.html": lambda path: path.write_text(page, encoding="utf-8"),
+    }
+    for file, write in writers.items():
+        # The file that was read stays as it is.
+        if (out / file).resolve() != Path(arguments.model).resolve():
+            _appear(out / file, write)
+    return _Drawn(table, projection, figures, tuple(str(out / file) for file in writers))
+
+
+def _appear(path: Path, write: "Callable[[Path], object]") -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)
