@@ -141,6 +141,8 @@ def test_a_card_says_what_is_known_and_its_hashes_hold(tmp_path: Path) -> None:
 def test_a_damaged_card_is_refused(head: str, folder: Path) -> None:
     (folder / CARD_FILE).write_text(f"---\n{head}\n---\nText\n")
     _refused(lambda: load_weights(folder), CARD_FILE, "damaged")
+    (folder / CARD_FILE).write_text("---\nformat: 3\n---\n")
+    _refused(lambda: load_weights(folder), "format 3", "newer")
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 9, b"cut", b"bit"])

@@ -24,7 +24,7 @@ import numpy as np
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.config import load_config, to_yaml
 from crystallm_jax.convert.arrange import flattened, named_arrays, params_from_named
-from crystallm_jax.convert.card import CARD_FILE, ModelCard, damage_of, read_card, with_hashes
+from crystallm_jax.convert.card import CARD_FILE, FOLDER_FORMAT, ModelCard, damage_of, read_card, with_hashes
 from crystallm_jax.convert.tensors import read_tensors, write_tensors
 from crystallm_jax.convert.weights import Moments, Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
@@ -59,6 +59,10 @@ def read_folder(path: str | Path) -> Weights:
     except ConfigError as error:  # the command line was right
         raise ModelError(str(error)) from None
     card = read_card(path)
+    if card.format > FOLDER_FORMAT:
+        raise ModelError(
+            f"{path}: a folder of format {card.format}; this version reads up to {FOLDER_FORMAT}: install a newer one"
+        )
     _check_vocabulary(path, config)
     for name in card.files:
         if name == WEIGHTS_FILE or name.startswith(f"{PARAMS_FOLDER}/"):

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from crystallm_jax.errors import ModelError
 
+_COMMITTED = "commit_success.txt"
 # What reading a damaged file ends in, in orbax, in tensorstore below it, or here.
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError)
 
@@ -68,6 +69,9 @@ def write_params(folder: Path, arrays: Mapping[str, Any]) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), dict(arrays))
+        # It says where on this machine the folder lay, which is of no use to those who get it.
+        for marker in folder.rglob(_COMMITTED):
+            marker.write_text("committed\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         raise ModelError(f"{folder}: cannot be written: {str(error).splitlines()[0]}") from None
 

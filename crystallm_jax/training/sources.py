@@ -3,12 +3,13 @@
 import tempfile
 from pathlib import Path
 
-from crystallm_jax.artifacts import checkpoint_of, converted_folder, fetch, model_archives
+from crystallm_jax.artifacts import cache_folder, checkpoint_of, converted_folder, fetch, model_archives
 from crystallm_jax.convert.card import ModelCard
 from crystallm_jax.convert.folder import is_folder, write_folder
 from crystallm_jax.convert.hub import fetch_hub
 from crystallm_jax.convert.published import read_published
 from crystallm_jax.convert.weights import Weights
+from crystallm_jax.errors import ModelError
 
 DEFAULT_NAME = "default"
 """The name of the model in the package."""
@@ -57,8 +58,11 @@ def _published_model(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
         write_folder(Path(temporary) / name, weights, card=card)
-        if not is_folder(folder):
+        try:
             (Path(temporary) / name).replace(folder)
+        except OSError as error:
+            if not is_folder(folder):
+                raise ModelError(f"{folder}: cannot be written: {error.strerror}") from None
     return folder
 
 
@@ -68,5 +72,7 @@ def read_archive(archive: Path) -> Weights:
     Raises:
         CrystallmError: there is none in it, or it is damaged.
     """
-    with tempfile.TemporaryDirectory() as temporary:
+    # Some gigabytes, for which the system's folder of temporary files, often in memory, may be too small.
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
         return read_published(checkpoint_of(archive, Path(temporary) / "ckpt.pt"))
