@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         SamplingError,
     )
     from crystallm_jax.evaluation import ValidityReport, match, validate
+    from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
     from crystallm_jax.samples import Sample
 
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
         "SamplingError",
     ),
     "crystallm_jax.evaluation": ("ValidityReport", "match", "validate"),
+    "crystallm_jax.portable": ("NumpyModel", "load_numpy", "save_numpy"),
     "crystallm_jax.samples": ("Sample",),
 }
 
@@ -59,15 +61,18 @@ __all__ = [
     "CrystallmError",
     "DataError",
     "ModelError",
+    "NumpyModel",
     "Sample",
     "SamplingError",
     "ValidityReport",
     "load_model",
+    "load_numpy",
     "make_prompt",
     "match",
     "new_model",
     "postprocess_cif",
     "preprocess_cif",
+    "save_numpy",
     "stream_text",
     "symmetrized_cif",
     "validate",

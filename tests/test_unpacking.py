@@ -11,7 +11,7 @@ import pytest
 from crystallm_jax.artifacts import checkpoint_of, unpack
 from crystallm_jax.errors import DataError
 
-EVIL = ("../out.cif", "a/../../out.cif", "/tmp_of_nobody/out.cif", "C:\\out.cif", "a\\..\\..\\out.cif")
+EVIL = ("../out.cif", "a/../../out.cif", "/etc/out.cif", "C:\\out.cif", "a\\..\\..\\out.cif")
 FILES = {"set/a.cif": b"data_a", "set/deep/b.cif": b"data_b", "set/empty": b""}
 
 

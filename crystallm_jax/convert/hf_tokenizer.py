@@ -46,6 +46,8 @@ def tokenizer_files(block_size: int) -> dict[str, dict[str, Any]]:
         TOKENIZER_CONFIG_FILE: {
             **special,
             "clean_up_tokenization_spaces": False,
+            # GPT-2 would add an embedding for `token_type_ids`, which version 4 of transformers gives by itself.
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": block_size,
             "padding_side": "left",
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -163,13 +165,14 @@ def rows_of_tokens(vocabulary: Mapping[str, int], rows: int, *, place: str) -> n
             f"{place}: its vocabulary lacks {_listed(missing)} of this package's {len(TOKENS)} tokens: a model of"
             " another dialect"
         )
-    beyond = [token for token, i in vocabulary.items() if i >= rows]
+    beyond = [token for token in TOKENS if vocabulary[token] >= rows]
     if beyond:
         raise ModelError(
             f"{place}: its tokens {_listed(beyond)} are beyond the {rows} rows of its embeddings"
         )
     own = set(TOKENS)
-    extra = [token for token in vocabulary if token not in own]
+    # A tokenizer may have more tokens than the model has rows: those it can neither read nor write.
+    extra = [token for token, i in vocabulary.items() if token not in own and i < rows]
     written = [token for token in extra if not _MARKER.fullmatch(token)]
     if written:
         reason = (
@@ -188,7 +191,7 @@ def rows_of_tokens(vocabulary: Mapping[str, int], rows: int, *, place: str) -> n
             place,
             _listed(extra),
         )
-    unused = rows - len(vocabulary)
+    unused = rows - len(TOKENS) - len(extra)
     if unused:
         logger.info("%s: dropped %d rows of embeddings without a token", place, unused)
     return np.array([vocabulary[token] for token in TOKENS])

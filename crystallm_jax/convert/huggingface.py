@@ -43,7 +43,7 @@ _ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 _PREFIX = "transformer."
 _HEAD = "lm_head.weight"
 _TABLE = "transformer.wte.weight"
-# Masks that versions before 4.30 kept beside the parameters.
+# Masks that older versions kept beside the parameters.
 _BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 # What GPT-2's configuration has where its file says nothing.
 _SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
@@ -60,8 +60,9 @@ _ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 
-# CrystaLLM-π's vocabularies: how many tokens, and which begins its texts. Its repositories hold no tokenizer.
-_PI = {(376, 372), (377, 372)}
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+# CrystaLLM-π's vocabularies: how many tokens, and which begins its texts. It keeps its tokenizer beside its program.
+_PI = ((376, 372), (377, 372))
 
 _HOW_TO_USE = """\
 ## With transformers
@@ -127,7 +128,11 @@ def write_huggingface(path: str | Path, weights: Weights, *, card: str, dtype: F
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (partial / README_FILE).write_text(_readme(card, config.block_size), "utf-8")
         # The library of `transformers` asks for the framework that wrote it, and knows this one.
-        write_tensors(partial / WEIGHTS_FILE, dict(_tensors_of(weights, dtype)), metadata={"format": "pt"})
+        write_tensors(
+            partial / WEIGHTS_FILE,
+            dict(_tensors_of(weights, dtype, place=str(path))),
+            metadata={"format": "pt"},
+        )
         partial.replace(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from None
@@ -179,14 +184,20 @@ def _readme(card: str, block_size: int) -> str:
     return f"{_FENCE}{licence[0] if licence else ''}{_HUB_HEAD}{_FENCE}\n{text.strip()}\n\n{use}"
 
 
-def _tensors_of(weights: Weights, dtype: FloatType) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors_of(weights: Weights, dtype: FloatType, *, place: str) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors under their names in `transformers`; zeros for biases that the model does not have."""
     if dtype == "bfloat16":
         import ml_dtypes  # noqa: F401, PLC0415  NumPy knows the type by its name once this is loaded
     named = named_arrays(weights.params, weights.config)
     for name, entry in _table(weights.config).items():
-        value = named.get(".".join(entry.path))
-        yield name, np.zeros(entry.shape, dtype) if value is None else np.ascontiguousarray(value, dtype)
+        value = named.get(".".join(entry.path), np.zeros(entry.shape))
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(value, dtype)
+        if not np.isfinite(stored).all():
+            raise ModelError(
+                f"{place}: tensor {name} holds numbers that are not finite in {dtype}: store it as float32"
+            )
+        yield name, stored
 
 
 def _table(config: ModelConfig) -> dict[str, ParameterEntry]:
@@ -298,6 +309,10 @@ def _arranged(
         if value.shape != entry.shape:
             raise ModelError(
                 f"{place}: tensor {name} has shape {value.shape}; {CONFIG_FILE} asks for {entry.shape}"
+            )
+        if value.dtype.name not in _FLOATS:
+            raise ModelError(
+                f"{place}: tensor {name} is of {value.dtype}; only floating-point numbers are known"
             )
         value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
         if not np.isfinite(value).all():

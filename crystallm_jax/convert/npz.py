@@ -106,7 +106,9 @@ def write_npz(path: str | Path, weights: Weights, *, dtype: Storage = "float32")
     for name, value in named_arrays(weights.params, weights.config).items():
         stored = packed(name, np.asarray(value, np.float32), dtype)
         if not np.isfinite(unpacked(name, stored)).all():
-            raise ModelError(f"{path}: tensor {name} holds numbers that {dtype} cannot: choose float32 or mend it")
+            raise ModelError(
+                f"{path}: tensor {name} holds numbers that {dtype} cannot: choose float32 or mend it"
+            )
         arrays |= stored
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -191,7 +193,9 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Weights:
             raise ModelError(f"{path}: not a model: it has no {name!r}; `crystallm convert` writes one")
     number = _text(archive, members.pop("format"))
     if number != str(FORMAT):
-        raise ModelError(f"{path}: its format is {number!r}; this version reads {FORMAT}: install a newer one")
+        raise ModelError(
+            f"{path}: its format is {number!r}; this version reads {FORMAT}: install a newer one"
+        )
     config = _config(_text(archive, members.pop("config")), path)
     storage = _text(archive, members.pop("storage"))
     if storage not in _STORED_AS:
@@ -226,7 +230,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
         if name in members or name == info.filename:
             raise ModelError(f"{path}: holds {info.filename!r} twice, or what is no array: not a model")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ModelError(f"{path}: {info.filename!r} is compressed in a way that NumPy does not use; refused")
+            raise ModelError(
+                f"{path}: {info.filename!r} is compressed in a way that NumPy does not use; refused"
+            )
         members[name] = info
     claimed, real = sum(info.file_size for info in members.values()), path.stat().st_size
     if claimed > _MOST_EXPANSION * real + _ALLOWANCE:
@@ -273,11 +279,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"an array of format {version}")
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     return tuple(int(length) for length in shape), dtype
 

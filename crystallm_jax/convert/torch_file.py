@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import pickletools
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -315,9 +316,14 @@ class _TensorUnpickler(pickle.Unpickler):
 
 def _check_sizes(description: bytes) -> None:
     """Refuse lengths and memo numbers beyond the pickle's own: the unpickler would allocate memory for them first."""
-    for opcode, argument, _ in pickletools.genops(description):  # raises ValueError for such a length
-        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(description):
-            raise pickle.UnpicklingError(f"its memo number {argument} is beyond its {len(description)} bytes")
+    with warnings.catch_warnings():
+        # Of escapes in a damaged name, which says nothing to the user.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for opcode, argument, _ in pickletools.genops(description):  # raises ValueError for such a length
+            if "PUT" in opcode.name and isinstance(argument, int) and argument > len(description):
+                raise pickle.UnpicklingError(
+                    f"its memo number {argument} is beyond its {len(description)} bytes"
+                )
 
 
 def _rebuild_tensor(

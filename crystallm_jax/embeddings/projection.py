@@ -70,7 +70,8 @@ def tsne(vectors: np.ndarray, *, perplexity: float = 30.0) -> Projection:
     wanted = _affinities(1 - units @ units.T, min(perplexity, (count - 1) / 3))
     start = pca(units).points
     points = start * (_START_SCALE / max(float(start[:, 0].std()), _LEAST))
-    rate = max(count / _EXAGGERATION / 4, 50.0)
+    # As Belkina et al. (2019) found best; a floor under it, as libraries have, throws few points far apart.
+    rate = count / _EXAGGERATION
     update, gains = np.zeros_like(points), np.ones_like(points)
     for step in range(_STEPS):
         early = step < _EXAGGERATED_STEPS

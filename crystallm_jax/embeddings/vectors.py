@@ -27,8 +27,8 @@ _FILE_PARTS: Mapping[DrawnKind, str] = {
 }
 _HEADER = "element"
 _ENDINGS = (".csv", ".csv.gz")
-# Some ten times what the largest vectors in use need.
-_LONGEST = 1 << 28
+# Three times what the widest models would need.
+_LONGEST = 1 << 26
 _FEWEST = 3
 
 

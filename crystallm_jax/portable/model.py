@@ -120,9 +120,7 @@ class NumpyModel:
         request = Request(num_samples, temperature, top_k, max_new_tokens, seed, batch_size)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = [encode_prompt(text, self.tokenizer) for text in texts]
-        completions = complete(
-            self.network, encoded, newline_id=self.tokenizer.newline_id, request=request
-        )
+        completions = complete(self.network, encoded, newline_id=self.tokenizer.newline_id, request=request)
         return sorted(map(self._sample, completions), key=lambda one: (one.prompt_index, one.sample_index))
 
     def _sample(self, completion: Completion) -> Sample:

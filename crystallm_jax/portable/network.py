@@ -129,16 +129,19 @@ def step(network: Network, cache: Cache, tokens: np.ndarray, positions: np.ndarr
     B = len(tokens)
     rows, longest = np.arange(B), int(positions.max()) + 1
     unseen = np.arange(longest) > positions[:, None]
-    bars = np.where(unseen, -np.inf, 0).astype(np.float32)[:, None, None] if unseen.any() else None
+    bars = np.where(unseen, -np.inf, 0).astype(np.float32)[:, None] if unseen.any() else None
 
     def attend(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         keys, values = cache.keys[layer, :B], cache.values[layer, :B]
         keys[rows, :, positions] = k[:, :, 0]
         values[rows, :, positions] = v[:, :, 0]
-        scores = (keys[:, :, :longest] @ q.swapaxes(2, 3)).swapaxes(2, 3)
+        # Not matrix products: as many as there are rows and heads, each so small that sharing it out over threads
+        # costs more than it brings, and ten times as much on a busy machine.
+        scores = np.einsum("BHSd,BHd->BHS", keys[:, :, :longest], q[:, :, 0])
         if bars is not None:
             scores += bars
-        return _mixed(scores, values[:, :, :longest])
+        sums = _exponentiate(scores)
+        return (np.einsum("BHS,BHSd->BHd", scores, values[:, :, :longest]) / sums)[:, :, None]
 
     return _hidden(network, tokens[:, None], positions[:, None], attend) @ network.head
 
@@ -162,15 +165,16 @@ def _causal(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarr
     del layer
     scores, T = q @ k.swapaxes(2, 3), q.shape[2]
     scores += np.triu(np.full((T, T), -np.inf, np.float32), 1)
-    return _mixed(scores, v)
+    sums = _exponentiate(scores)
+    return (scores @ v) / sums
 
 
-def _mixed(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values [B, H, S, d] by the softmax of scores [B, H, T, S], which are lost: [B, H, T, d]."""
+def _exponentiate(scores: np.ndarray) -> np.ndarray:
+    """Turn scores [..., S] into the softmax's weights before their division by the sums [..., 1], which are returned."""
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
-    # Dividing d results instead of S weights.
-    return (scores @ values) / scores.sum(-1, keepdims=True)
+    sums: np.ndarray = scores.sum(-1, keepdims=True)
+    return sums
 
 
 def _linear(affine: Affine, x_ND: np.ndarray) -> np.ndarray:
