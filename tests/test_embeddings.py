@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -442,7 +443,7 @@ def test_the_room_needs_neither_jax_nor_matplotlib() -> None:
         "import sys, crystallm_jax.embeddings, crystallm_jax.embeddings.page;"
         "print({'jax', 'matplotlib'} & sys.modules.keys())"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    environment = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.strip() == "set()"

@@ -10,7 +10,7 @@ import pytest
 import crystallm_jax as cl
 from crystallm_jax.cif import make_prompt
 from crystallm_jax.cif.formula import parse_formula
-from crystallm_jax.convert.published import parameter_table
+from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import GPT, ModelConfig
 from crystallm_jax.sampling import reader

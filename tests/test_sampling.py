@@ -11,7 +11,7 @@ import pytest
 
 from crystallm_jax.api import load_model
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.convert.published import parameter_table
+from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.sampling.decode import decoder, read_texts

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.published import parameter_table
+from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig
 

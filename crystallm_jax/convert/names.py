@@ -4,7 +4,6 @@ Published linear weights are stored as [out, in]; ours as [in, out]. The output 
 second name.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -152,5 +151,3 @@ def _check_tensor(tensor: Any, entry: ParameterEntry, what: str) -> None:
         )
     if tensor.dtype.kind != "f":
         raise ModelError(f"{what} is of {tensor.dtype}: only floating-point numbers are known")
-    if math.prod(tensor.shape) == 0:
-        raise ModelError(f"{what} is empty")

@@ -24,6 +24,7 @@ ten million parameters. A compressed file is read all the same.
 
 import json
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -74,6 +75,7 @@ _LARGEST_INT8 = 127
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
+    struct.error,
     EOFError,
     OSError,
     RuntimeError,
@@ -104,17 +106,21 @@ def write_npz(path: str | Path, weights: Weights, *, dtype: Storage = "float32")
         raise ModelError(f"{path}: dtype={dtype!r}: choose from {', '.join(_STORED_AS)}")
     arrays = _described(weights.config, dtype)
     for name, value in named_arrays(weights.params, weights.config).items():
+        if not np.isfinite(value).all():
+            raise ModelError(f"{path}: tensor {name} holds numbers that are not finite: not written")
         stored = packed(name, np.asarray(value, np.float32), dtype)
         if not np.isfinite(unpacked(name, stored)).all():
             raise ModelError(
-                f"{path}: tensor {name} holds numbers that {dtype} cannot: choose float32 or mend it"
+                f"{path}: tensor {name} holds numbers beyond the range of {dtype}: choose float32"
             )
         arrays |= stored
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
+        with zipfile.ZipFile(partial, "w") as archive:
+            for name, value in arrays.items():
+                with archive.open(name + _MEMBER, "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, value, allow_pickle=False)
         partial.replace(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT, _MARGIN = 1040, 780, 40
 # Of labels in pixels, and of dots.
 _SIZES: dict[DrawnKind, tuple[float, float]] = {"atom": (12, 5), "digit": (15, 13), "spacegroup": (9, 4)}
 # Of a letter, in parts of the font's size.
-_LETTER_WIDTH, _LINE_HEIGHT = 0.58, 1.1
+_LETTER_WIDTH, _LINE_HEIGHT = 0.62, 1.1
 _NEIGHBOURS = 5
 _SUBSCRIPTS = str.maketrans("12345", "₁₂₃₄₅")
 _BAR = "\N{COMBINING MACRON}"

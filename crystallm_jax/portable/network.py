@@ -52,7 +52,7 @@ class Network(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of rows, float32 [L, B, H, S, d]; what lies beyond a row's length is zero or of an earlier row."""
+    """Keys and values of rows, float32 [L, B, H, S, d]; beyond a row's length lies whatever is finite."""
 
     keys: np.ndarray
     values: np.ndarray
@@ -170,7 +170,7 @@ def _causal(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarr
 
 
 def _exponentiate(scores: np.ndarray) -> np.ndarray:
-    """Turn scores [..., S] into the softmax's weights before their division by the sums [..., 1], which are returned."""
+    """Turn scores [..., S] into their softmax times the sums [..., 1] that are returned."""
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
     sums: np.ndarray = scores.sum(-1, keepdims=True)

@@ -149,8 +149,8 @@ def sample_keys(prompts: Sequence[np.ndarray], num_samples: int, seed: int) -> n
         content = np.asarray(prompt, "<u2").tobytes()
         occurrence = seen[content] = seen.get(content, -1) + 1
         names[index] = zlib.crc32(content), occurrence
-    keys = fold_in(fold_in(root_key(seed), names[:, 0]), names[:, 1])
-    return fold_in(keys[:, None], np.arange(num_samples, dtype=np.uint32))
+    of_prompts = fold_in(fold_in(root_key(seed), names[:, 0]), names[:, 1])
+    return fold_in(of_prompts[:, None], np.arange(num_samples, dtype=np.uint32))
 
 
 def draw(logits: np.ndarray, keys: np.ndarray, *, temperature: float, top_k: int | None) -> np.ndarray:
@@ -166,11 +166,11 @@ def draw(logits: np.ndarray, keys: np.ndarray, *, temperature: float, top_k: int
         return (scaled + gumbel(keys, np.arange(V))).argmax(-1)
     least = np.partition(scaled, V - top_k, axis=-1)[:, V - top_k, None]
     allowed = scaled >= least
-    rows, candidates = allowed.nonzero()
-    if len(rows) > B * top_k:
+    tokens = allowed.nonzero()[1]
+    if len(tokens) > B * top_k:
         # Tokens that tie with the k-th.
         return np.where(allowed, scaled + gumbel(keys, np.arange(V)), -np.inf).argmax(-1)
-    candidates = candidates.reshape(B, top_k)
+    candidates = tokens.reshape(B, top_k)
     best = (np.take_along_axis(scaled, candidates, 1) + gumbel(keys, candidates)).argmax(-1)
     return candidates[np.arange(B), best]
 

@@ -25,6 +25,8 @@ from crystallm_jax.training.step import CompiledSteps, TrainState
 
 # Where optax's Adam keeps its state in the optimiser's: what has moments comes first.
 _ADAM = ("opt_state", "0")
+# Settings that are places on the machine that trained, which are of no use elsewhere but for their last part.
+_PATHS = ("out_dir", "dataset", "init_from")
 _WANTED = ("params", "opt_state")
 
 
@@ -66,11 +68,10 @@ def training_of_run(path: Path, step: int | None = None) -> Weights:
         ModelError: there is no such checkpoint, it is damaged, or the optimiser was not AdamW.
     """
     with Checkpoints(path / CHECKPOINTS_FOLDER) as checkpoints:
-        description = checkpoints.describe(step)
-        settings = dict(description.get("train", {}))
-        if settings.get("optimizer", "adamw") != "adamw":
+        optimizer = checkpoints.describe(step).get("train", {}).get("optimizer", "adamw")
+        if optimizer != "adamw":
             raise ModelError(
-                f"{path}: trained with optimizer={settings['optimizer']}, whose state only its own run goes on from"
+                f"{path}: trained with optimizer={optimizer}, whose state only its own run goes on from"
                 " (init_from=resume): take its weights alone (init_state=weights, convert --weights-only)"
             )
         saved = checkpoints.read(lambda names: names[0] in _WANTED, step)
@@ -87,6 +88,10 @@ def training_of_run(path: Path, step: int | None = None) -> Weights:
     except (KeyError, TypeError) as error:
         raise ModelError(f"{place}: lacks {error} of the optimiser's state") from None
     moments = Moments(updates, arranged(first, "first moments"), arranged(second, "second moments"))
+    settings = {
+        key: Path(value).name if key in _PATHS else value
+        for key, value in saved.description.get("train", {}).items()
+    }
     best = saved.description.get("patience", {}).get("best")
     return Weights(config, arranged(params, "parameters"), Training(saved.step, best, settings, moments))
 
