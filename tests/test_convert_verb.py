@@ -28,7 +28,7 @@ from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
 from crystallm_jax.training.metrics import METRICS_FILE
-from crystallm_jax.training.provenance import card_of, training_command
+from crystallm_jax.exchange.provenance import card_of, training_command
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=371, bias=True)
 

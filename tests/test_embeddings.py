@@ -3,14 +3,12 @@
 import gzip
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +25,7 @@ from crystallm_jax.embeddings import (
     measures,
     nearest,
     pca,
+    project,
     read_csv,
     to_csv,
     tokens_of,
@@ -38,9 +37,8 @@ from crystallm_jax.embeddings.labels import spread
 from crystallm_jax.embeddings.neighbours import agreement, spearman
 from crystallm_jax.embeddings.page import page_of, readable
 from crystallm_jax.embeddings.plot import plot_table, typeset
-from crystallm_jax.embeddings.projection import divergence
 from crystallm_jax.embeddings.vectors import DRAWN_KINDS, file_name, name_of_file
-from crystallm_jax.errors import CrystallmError, DataError, ModelError
+from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import ModelConfig, init_params
 
 PUBLISHED = {"atom": "atom_vectors", "digit": "number_vectors", "spacegroup": "spacegroup_vectors"}
@@ -221,7 +219,14 @@ def test_tsne_keeps_neighbourhoods_and_gives_the_same_points_again() -> None:
     np.testing.assert_array_equal(found.points, tsne(vectors).points)
     distances = np.linalg.norm(found.points[:, None] - found.points, axis=-1) + np.diag([np.inf] * 24)
     assert (distances.argmin(axis=1) // 8 == np.arange(24) // 8).all()
-    assert divergence(vectors, found.points) < 0.5 * divergence(vectors, pca(vectors).points)
+
+
+def test_without_scikit_learn_tsne_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(ConfigError) as caught:
+        project(np.eye(4), "tsne")
+    assert "pip install 'crystallm-jax[embeddings]'" in _line_of(caught)
+    assert project(np.eye(4), "pca").method == "principal components"
 
 
 def test_neighbours_are_those_of_the_largest_cosine_and_not_the_token_itself() -> None:
@@ -287,70 +292,85 @@ def test_labels_lie_apart_from_each_other_and_from_the_points() -> None:
     apart = np.abs(found.centres[:, None] - found.centres) + np.eye(30)[..., None] * 100
     assert ((14 - apart[..., 0] < 1) | (8 - apart[..., 1] < 1)).all()
     crowd = spread(
-        np.zeros((200, 2)), np.full((200, 2), 10.0), radius=1, box=np.array([[-40.0, -40], [40, 40]])
+        np.zeros((60, 2)), np.full((60, 2), 10.0), radius=1, box=np.array([[-20.0, -20], [20, 20]])
     )
-    assert 0 < crowd.legible.sum() < 200
+    assert 0 < crowd.legible.sum() < 60
 
 
-class _Page(HTMLParser):
-    """What a page holds: text, attributes, and whether every element is closed."""
+class _Figure(NamedTuple):
+    """What a page hands to plotly's script."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.titles: list[str] = []
-        self.links: list[str] = []
-        self.feed(text)
-        self.close()
+    traces: list[dict[str, Any]]
+    layout: dict[str, Any]
+    config: dict[str, Any]
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "input", "option"):
-            self.open.append(tag)
+    def hover(self) -> dict[str, str]:
+        """What is shown of each token."""
+        texts = [text for trace in self.traces for text in trace["hovertext"]]
+        return {text.split("<br>")[1].removeprefix("token: "): text for text in texts}
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
 
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "text":
-            self.texts.append(data)
-        if self.open and self.open[-1] == "title":
-            self.titles.append(data)
+def _figure(page: str) -> _Figure:
+    decoder, rest = json.JSONDecoder(), page[page.rindex("Plotly.newPlot(") :].partition('"plot",')[2]
+    parts = []
+    for _ in _Figure._fields:
+        rest = rest.lstrip(" ,\n")
+        part, end = decoder.raw_decode(rest)
+        parts.append(part)
+        rest = rest[end:]
+    return _Figure(*parts)
 
 
 @pytest.mark.parametrize("kind", DRAWN_KINDS)
-def test_a_page_stands_alone_and_carries_every_token(kind: Any) -> None:
+def test_a_page_carries_every_token_and_what_is_known_of_it(kind: Any) -> None:
     table = _table(kind)
-    text = page_of(table, pca(table.vectors), name="<img src=x onerror=@data@>", measures=["a < b & c"])
-    page = _Page(re.sub(r"<br>", "", text))
-    assert page.open == []
-    assert page.links == []
-    assert "<img" not in text
-    assert "a &lt; b &amp; c" in text
-    assert not re.search(r"https?://", text)
-    tokens = [title.split("\n")[0].removeprefix("token: ") for title in page.titles[1:]]
-    assert tokens == list(table.tokens)
-    assert len(page.texts) == len(table.tokens) + 2
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
-    assert [record["token"] for record in data] == list(table.tokens)
-    assert all(len(record["near"]) == 5 for record in data)
-    expected = [token for token, _ in nearest(table, table.tokens[3], 5)]
-    assert [table.tokens[j] for j, _ in data[3]["near"]] == expected
+    points = pca(table.vectors)
+    found = _figure(page_of(table, points, name="m", measures=["a < b & c"]))
+    assert {*found.hover()} == {*table.tokens}
+    classes = {facts_of(token, kind).class_name for token in table.tokens}
+    assert [trace["name"] for trace in found.traces] == [name for name in COLOURS if name in classes]
+    assert [trace["marker"]["color"] for trace in found.traces] == [
+        COLOURS[trace["name"]] for trace in found.traces
+    ]
+    token = table.tokens[3]
+    shown = found.hover()[token]
+    assert all(f"{key}: {value}" in shown for key, value in facts_of(token, kind).facts)
+    near = nearest(table, token, 5)
+    labels = [readable(facts_of(other, kind).label) for other, _ in near]
+    assert [line.split() for line in shown.split("<br>")[-5:]] == [
+        [label, f"{cosine:.3f}"] for label, (_, cosine) in zip(labels, near, strict=True)
+    ]
+    drawn = {(x, y) for trace in found.traces for x, y in zip(trace["x"], trace["y"], strict=True)}
+    assert drawn == {tuple(point) for point in points.points.round(5).tolist()}
+    assert {trace["mode"] for trace in found.traces} == {
+        {"atom": "markers+text", "digit": "lines+markers+text", "spacegroup": "markers"}[kind]
+    }
+    assert found.layout["title"]["subtitle"]["text"].endswith("a &lt; b &amp; c")
+    assert [found.layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis")] == [*points.axes]
+
+
+def test_a_page_stands_alone_and_is_the_same_each_time() -> None:
+    table = _table("digit")
+    text = page_of(table, pca(table.vectors), name="</script><img src=x>")
+    assert text == page_of(table, pca(table.vectors), name="</script><img src=x>")
+    assert "<title>&lt;/script&gt;&lt;img src=x&gt;: digits" in text
+    assert "<img src=x" not in text
+    # Scripts within, none from elsewhere, and no button that sends the figure away.
+    heads = [part.partition(">")[0] for part in text.split("<script")[1:]]
+    assert len(heads) == 3
+    assert not any("src" in head for head in heads)
+    assert "<link" not in text
+    assert not _figure(text).config["showSendToCloud"]
+    assert not _figure(text).config["displaylogo"]
 
 
 def test_digits_are_joined_in_order_whatever_the_order_of_the_file() -> None:
     table = _table("digit")
     mixed = EmbeddingTable("digit", table.tokens[::-1], table.vectors[::-1])
-    text = page_of(mixed, pca(mixed.vectors), name="m")
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
-    assert [record["token"] for record in data] == list(table.tokens)
-    assert text == page_of(
-        table, pca(mixed.vectors)._replace(points=pca(mixed.vectors).points[::-1]), name="m"
-    )
+    points = pca(mixed.vectors)
+    (trace,) = _figure(page_of(mixed, points, name="m")).traces
+    assert trace["text"] == list(table.tokens)
+    assert trace["x"] == points.points[::-1, 0].round(5).tolist()
 
 
 def test_a_kind_that_is_not_drawn_is_refused(tmp_path: Path) -> None:

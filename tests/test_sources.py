@@ -9,7 +9,7 @@ import pytest
 from crystallm_jax.convert.arrange import flattened
 from crystallm_jax.convert.card import CARD_FILE
 from crystallm_jax.errors import CrystallmError
-from crystallm_jax.training import sources
+from crystallm_jax.convert import sources
 from crystallm_jax.training.load import load_weights
 
 NAME = "crystallm_v1_small"

@@ -13,7 +13,7 @@ from pathlib import Path
 from crystallm_jax.convert import huggingface, npz
 from crystallm_jax.convert.card import FOLDER_FORMAT, ModelCard
 from crystallm_jax.convert.folder import read_folder_training
-from crystallm_jax.training.export import export
+from crystallm_jax.exchange.export import export
 
 MODELS = Path(__file__).parents[1] / "tests" / "fixtures" / "models"
 CARD = ModelCard(license="cc0-1.0", data="none to speak of", metrics={"val_loss": 5.0})

@@ -98,9 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CrystallmError: there is no such model, it is damaged, or the target cannot be written.
     """
-    from crystallm_jax.training.export import export, format_of, gathered  # noqa: PLC0415 - keeps --help instant
-    from crystallm_jax.training.provenance import card_of  # noqa: PLC0415
-    from crystallm_jax.training.sources import locate  # noqa: PLC0415
+    from crystallm_jax.exchange.export import export, format_of, gathered  # noqa: PLC0415 - keeps --help instant
+    from crystallm_jax.exchange.provenance import card_of  # noqa: PLC0415
+    from crystallm_jax.convert.sources import locate  # noqa: PLC0415
 
     target: Path = arguments.target
     form = arguments.to or format_of(target)

@@ -58,7 +58,8 @@ def add_parser(verbs: Any) -> None:
         "--projection",
         choices=_PROJECTIONS,
         default="pca",
-        help="principal components, or t-SNE over cosine distances (default: %(default)s)",
+        help="principal components, or t-SNE over cosine distances, which needs scikit-learn:"
+        " pip install 'crystallm-jax[embeddings]' (default: %(default)s)",
     )
     add(
         "--out",

@@ -123,7 +123,7 @@ def _model(name: str) -> Path | None:
         return Path(name)
     if Path(name).exists():
         return None
-    from crystallm_jax.training.sources import is_name, locate  # noqa: PLC0415
+    from crystallm_jax.convert.sources import is_name, locate  # noqa: PLC0415
 
     return locate(name) if is_name(name) else None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from crystallm_jax.training.describe import ModelDescription, describe_model
+from crystallm_jax.exchange.describe import ModelDescription, describe_model
 
 _HEAD = 13
 _WIDTH = 100

@@ -2,15 +2,15 @@
 
     format          int64: 1
     config          text: the shape, as JSON
-    storage         text: float32, float16, bfloat16 or int8, the type that matrices are kept in
+    storage         text: float32, float16, bfloat16 or int8: what matrices are kept in
     vocabulary      text [V]: the tokens in the order of their ids; absent where the model is of another vocabulary
     NAME            a parameter by its path (`wte.embedding`, `h_0.attn.c_attn.kernel`), as model folders name them
-    NAME.int8_scale float32: beside each matrix of int8, what its channels are multiplied by
+    NAME.int8_scale float32: beside each kernel of int8, what its channels are multiplied by
 
 Kernels are [in, out], `c_attn` holds queries, keys and values side by side: [D, 3 D]. Vectors (LayerNorm, biases) are
 float32 always. NumPy knows no bfloat16: such a matrix is kept as uint16, the upper half of each float32, rounded to
-the nearest, ties to even. A matrix of int8 is symmetric, each output channel (a column of a kernel, a row of an
-embedding) over its largest magnitude: [1, out] or [rows, 1]. Without this package:
+the nearest, ties to even. int8 is for kernels, each output channel (a column) over its largest magnitude, [1, out];
+embeddings are float16 beside it, for they lose most in int8 and are a small part. Without this package:
 
     file = np.load("model.npz", allow_pickle=False)
     config, tokens = json.loads(str(file["config"])), file["vocabulary"].tolist()
@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tokenize import TokenError
 from types import UnionType
-from typing import IO, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -152,17 +152,18 @@ def read_npz(path: str | Path) -> Weights:
 
 def packed(name: str, value: np.ndarray, storage: Storage) -> dict[str, np.ndarray]:
     """A float32 parameter as it is kept, by the names of its members."""
-    if value.ndim < 2 or storage == "float32":
+    kept_as = _kept_as(name, value.ndim, storage)
+    if kept_as == "float32":
         return {name: np.ascontiguousarray(value, "<f4")}
-    if storage == "float16":
+    if kept_as == "float16":
         with np.errstate(over="ignore"):
             return {name: value.astype("<f2")}
-    if storage == "bfloat16":
+    if kept_as == "bfloat16":
         bits = np.ascontiguousarray(value, "<f4").view("<u4")
         # Half of the last place that is kept, less a bit where that place is even already.
         return {name: ((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype("<u2")}
-    # Clipping channels so that the squared error is least takes off less than 1 % of it: not worth a search.
-    largest = np.abs(value).max(axis=_summed_axis(name), keepdims=True)
+    # Clipping channels so that the squared error is least takes off 1 % of it and gives no better logits.
+    largest = np.abs(value).max(axis=0, keepdims=True)
     scale = np.where(largest > 0, largest / _LARGEST_INT8, 1).astype("<f4")
     return {name: np.rint(value / scale).astype("i1"), name + SCALE_SUFFIX: scale}
 
@@ -177,9 +178,14 @@ def unpacked(name: str, stored: Mapping[str, np.ndarray]) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def _summed_axis(name: str) -> int:
-    """The axis that a channel of a matrix runs along."""
-    return 1 if name.endswith(".embedding") else 0
+def _kept_as(name: str, axes: int, storage: Storage) -> Storage:
+    """How a parameter is kept in a file of such a storage.
+
+    Embeddings in int8 would double what the logits lose: that of the tokens is the head too.
+    """
+    if axes < 2:
+        return "float32"
+    return "float16" if storage == "int8" and name.endswith(".embedding") else storage
 
 
 def _described(config: ModelConfig, storage: Storage) -> dict[str, np.ndarray]:
@@ -203,9 +209,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Weights:
             f"{path}: its format is {number!r}; this version reads {FORMAT}: install a newer one"
         )
     config = _config(_text(archive, members.pop("config")), path)
-    storage = _text(archive, members.pop("storage"))
-    if storage not in _STORED_AS:
-        raise ModelError(f"{path}: its storage is {storage!r}; known are {', '.join(_STORED_AS)}")
+    storage = _storage(_text(archive, members.pop("storage")), path)
     if _VOCABULARY in members:
         _check_vocabulary(_small(archive, members.pop(_VOCABULARY)), config, path)
     if config.n_layer > len(members):
@@ -246,19 +250,15 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return members
 
 
-def _expected(config: ModelConfig, storage: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+def _expected(config: ModelConfig, storage: Storage) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Type and shape of every member that holds parameters."""
     expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     for entry in parameter_table(config).values():
         name, shape = ".".join(entry.path), entry.shape
-        if len(shape) < 2:
-            expected[name] = _STORED_AS["float32"], shape
-            continue
-        expected[name] = _STORED_AS[storage], shape
-        if storage == "int8":
-            summed = _summed_axis(name)
-            scales = tuple(1 if axis == summed else length for axis, length in enumerate(shape))
-            expected[name + SCALE_SUFFIX] = _STORED_AS["float32"], scales
+        kept_as = _kept_as(name, len(shape), storage)
+        expected[name] = _STORED_AS[kept_as], shape
+        if kept_as == "int8":
+            expected[name + SCALE_SUFFIX] = _STORED_AS["float32"], (1, shape[1])
     return expected
 
 
@@ -310,6 +310,13 @@ def _small(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
     return str(_small(archive, info))
+
+
+def _storage(text: str, path: Path) -> Storage:
+    for known in get_args(Storage):
+        if text == known:
+            return cast("Storage", known)
+    raise ModelError(f"{path}: its storage is {text!r}; known are {', '.join(_STORED_AS)}")
 
 
 def _config(text: str, path: Path) -> ModelConfig:

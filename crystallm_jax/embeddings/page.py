@@ -1,161 +1,150 @@
-"""The page of a kind of tokens: the picture as SVG with a little script, in one file that needs no network."""
+"""The page of a kind of tokens: the picture as one HTML file in which one points at a token, without a network."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from html import escape
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
+from plotly.io import to_html
 
 from crystallm_jax.embeddings.classes import COLOURS, TITLES, TokenFacts, facts_of
 from crystallm_jax.embeddings.labels import spread
-from crystallm_jax.embeddings.neighbours import nearest_indices, unit_rows
+from crystallm_jax.embeddings.neighbours import nearest
 from crystallm_jax.embeddings.projection import Projection
 from crystallm_jax.embeddings.vectors import DrawnKind, EmbeddingTable, drawn_kind
 
-_WIDTH, _HEIGHT, _MARGIN = 1040, 780, 40
-# Of labels in pixels, and of dots.
-_SIZES: dict[DrawnKind, tuple[float, float]] = {"atom": (12, 5), "digit": (15, 13), "spacegroup": (9, 4)}
-# Of a letter, in parts of the font's size.
-_LETTER_WIDTH, _LINE_HEIGHT = 0.62, 1.1
-_NEIGHBOURS = 5
+# All lengths in pixels.
+_WIDTH, _HEIGHT = 1100, 780
+_SIDE, _BELOW, _TITLE, _LINE = 70, 60, 70, 18
+_LETTERS = 12
+_DIGITS = {"size": 15, "color": "white"}
+_DOTS: dict[DrawnKind, int] = {"atom": 10, "digit": 26, "spacegroup": 9}
+_MODES: dict[DrawnKind, str] = {
+    "atom": "markers+text",
+    "digit": "lines+markers+text",
+    "spacegroup": "markers",
+}
+_FONT = {"family": "system-ui, sans-serif", "color": "#222222"}
+_GREY = "#dddddd"
+_NEIGHBOURS, _PLACES = 5, 5
+# Nothing in the bar of buttons leads to a network; what selects points would do nothing.
+_CONFIG = {
+    "displaylogo": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+    "scrollZoom": True,
+    "showSendToCloud": False,
+}
 _SUBSCRIPTS = str.maketrans("12345", "₁₂₃₄₅")
 _BAR = "\N{COMBINING MACRON}"
 
 
 def page_of(table: EmbeddingTable, projection: Projection, *, name: str, measures: Sequence[str] = ()) -> str:
-    """The page as HTML.
+    """The page as HTML, plotly's script included: the same arguments give the same bytes.
 
     Args:
         table: of one of the kinds that are drawn.
         projection: of its vectors.
         name: of the model.
-        measures: sentences to stand below the picture.
+        measures: sentences to stand below the title.
+
+    Raises:
+        DataError: the table is of another kind.
     """
     kind = drawn_kind(table)
-    if kind == "digit":
-        order = np.argsort([int(token) for token in table.tokens])
-        tokens = tuple(table.tokens[i] for i in order)
-        table = replace(table, tokens=tokens, vectors=table.vectors[order])
-        projection = projection._replace(points=projection.points[order])
-    facts = [facts_of(token, kind) for token in table.tokens]
-    records = _records(table, projection, facts)
-    font, _ = _SIZES[kind]
-    present = {fact.class_name for fact in facts}
-    classes = [name for name in COLOURS if name in present]
-    parts = {
-        "title": escape(f"{name}: {TITLES[kind]}"),
-        "subtitle": escape(
-            f"{len(table.tokens)} vectors of {table.vectors.shape[1]} numbers, {projection.method}"
+    title = escape(f"{name}: {TITLES[kind]}, {projection.method}", quote=False)
+    size = f"{len(table.tokens)} vectors of {table.vectors.shape[1]} numbers"
+    lines = [escape(line, quote=False) for line in (size, *measures)]
+    axis = {"zeroline": False, "gridcolor": "#eeeeee", "linecolor": _GREY, "mirror": True}
+    figure = go.Figure(
+        _traces(table, projection),
+        go.Layout(
+            template="none",
+            width=_WIDTH,
+            height=_HEIGHT + _LINE * len(lines),
+            title={
+                "text": title,
+                "x": _SIDE / _WIDTH,
+                "yref": "container",
+                "y": 1,
+                "yanchor": "top",
+                "pad": {"t": _LINE},
+                "subtitle": {"text": "<br>".join(lines), "font": {"size": 13}},
+            },
+            font=_FONT,
+            margin={"l": _SIDE, "r": 2 * _SIDE, "t": _TITLE + _LINE * len(lines), "b": _BELOW},
+            xaxis={"title": {"text": escape(projection.axes[0])}, **axis},
+            yaxis={"title": {"text": escape(projection.axes[1])}, **axis},
+            hoverlabel={"bgcolor": "white", "bordercolor": "#999999", "align": "left", "font": _FONT},
+            hovermode="closest",
+            dragmode="pan",
         ),
-        "font": f"{font:g}",
-        "kind": kind,
-        "width": str(_WIDTH),
-        "height": str(_HEIGHT),
-        "legend": "".join(map(_button, classes)) if len(classes) > 1 else "",
-        "options": "".join(f'<option value="{escape(token)}">' for token in table.tokens),
-        "picture": _picture(kind, projection, facts, records),
-        "measures": "<br>".join(map(escape, measures)),
-        # What would end the script is written otherwise.
-        "data": json.dumps(records, ensure_ascii=False).replace("<", "\\u003c"),
-    }
-    return _filled(parts)
-
-
-def _filled(parts: Mapping[str, str]) -> str:
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return re.sub(r"@(\w+)@", lambda found: parts[found[1]], template)
-
-
-def _records(
-    table: EmbeddingTable, projection: Projection, facts: Sequence[TokenFacts]
-) -> list[dict[str, Any]]:
-    """What the script knows of each token; `near` has index and cosine."""
-    places = _pixels(projection.points)
-    near = nearest_indices(table, _NEIGHBOURS)
-    units = unit_rows(table.vectors)
-    return [
-        {
-            "token": token,
-            "label": readable(fact.label),
-            "class": fact.class_name,
-            "facts": fact.facts,
-            "x": round(float(place[0]), 2),
-            "y": round(float(place[1]), 2),
-            "near": [(int(j), round(float(units[i] @ units[j]), 4)) for j in near[i]],
-        }
-        for i, (token, fact, place) in enumerate(zip(table.tokens, facts, places, strict=True))
-    ]
-
-
-def _pixels(points: np.ndarray) -> np.ndarray:
-    low, high = points.min(axis=0), points.max(axis=0)
-    shares = (points - low) / np.maximum(high - low, 1e-9)
-    shares[:, 1] = 1 - shares[:, 1]
-    return 1.5 * _MARGIN + shares * (np.array([_WIDTH, _HEIGHT]) - 3 * _MARGIN)
-
-
-def _picture(
-    kind: DrawnKind,
-    projection: Projection,
-    facts: Sequence[TokenFacts],
-    records: Sequence[Mapping[str, Any]],
-) -> str:
-    font, radius = _SIZES[kind]
-    places = np.array([(record["x"], record["y"]) for record in records])
-    widths = [len(record["label"].replace(_BAR, "")) * _LETTER_WIDTH * font for record in records]
-    sizes = np.stack([widths, np.full(len(widths), _LINE_HEIGHT * font)], axis=1)
-    corners = np.array([(0.0, 0.0), (_WIDTH, _HEIGHT - _MARGIN)])
-    centres, legible = spread(places, sizes, radius=radius, box=corners)
-    offsets = centres - places
-    if kind == "digit":
-        offsets = np.zeros_like(places)
-    x, y = (escape(text) for text in projection.axes)
-    lines = [
-        f'<text class="axis" x="{_WIDTH / 2:g}" y="{_HEIGHT - 10}" text-anchor="middle">{x}</text>',
-        f'<text class="axis" transform="translate(16 {_HEIGHT / 2:g}) rotate(-90)" text-anchor="middle">{y}</text>',
-    ]
-    if kind == "digit":
-        path = " ".join(f"{px:g},{py:g}" for px, py in places)
-        lines.append(f'<polyline id="order" points="{path}"/>')
-    lines.append('<g id="links"></g>')
-    for i, (record, fact) in enumerate(zip(records, facts, strict=True)):
-        mark = _mark(record, fact, records, offset=offsets[i], half=sizes[i] / 2, radius=radius)
-        lines.append(mark if legible[i] or kind == "digit" else mark.replace("point", "point crowded", 1))
-    return "\n".join(lines)
-
-
-def _mark(
-    record: Mapping[str, Any],
-    fact: TokenFacts,
-    records: Sequence[Mapping[str, Any]],
-    *,
-    offset: np.ndarray,
-    half: np.ndarray,
-    radius: float,
-) -> str:
-    """A token's dot and label, and what stands where scripts do not run: a title with all of it."""
-    neighbours = ", ".join(f"{records[j]['label']} {cosine:.3f}" for j, cosine in record["near"])
-    known = [f"{key}: {value}" for key, value in (("token", record["token"]), *fact.facts)]
-    title = escape("\n".join([*known, f"nearest: {neighbours}"]))
-    end = np.clip(np.zeros(2), offset - half, offset + half)
-    far = float(np.linalg.norm(end)) > 2 * radius
-    line = f'<line x2="{end[0]:.1f}" y2="{end[1]:.1f}"/>' if far else ""
-    return (
-        f'<g class="point" tabindex="0" transform="translate({record["x"]} {record["y"]})"><title>{title}</title>{line}'
-        f'<circle r="{radius:g}" fill="{COLOURS[fact.class_name]}"/>'
-        f'<text x="{offset[0]:.1f}" y="{offset[1]:.1f}">{escape(record["label"])}</text></g>'
     )
-
-
-def _button(name: str) -> str:
-    return (
-        f'<button type="button" data-class="{name}" aria-pressed="true">'
-        f'<span class="dot" style="background:{COLOURS[name]}"></span>{name}</button>'
+    html: str = to_html(
+        figure,
+        config=_CONFIG,
+        include_plotlyjs=True,
+        full_html=True,
+        div_id="plot",
     )
+    return html.replace("<head>", f"<head><title>{title}</title>", 1)
+
+
+def _traces(table: EmbeddingTable, projection: Projection) -> list[go.Scatter]:
+    """A trace a class, in the order of the legend; digits are one, in their order, and joined."""
+    kind = drawn_kind(table)
+    facts = [facts_of(token, kind) for token in table.tokens]
+    order = list(range(len(facts)))
+    sides = ["middle center"] * len(facts)
+    if kind == "digit":
+        order.sort(key=lambda i: int(table.tokens[i]))
+    elif kind == "atom":
+        sides = _sides(projection.points, [fact.label for fact in facts])
+    traces = []
+    for name, colour in COLOURS.items():
+        rows = [i for i in order if facts[i].class_name == name]
+        trace = go.Scatter(
+            x=projection.points[rows, 0].round(_PLACES).tolist(),
+            y=projection.points[rows, 1].round(_PLACES).tolist(),
+            name=name,
+            mode=_MODES[kind],
+            text=[readable(facts[i].label) for i in rows],
+            textposition=[sides[i] for i in rows],
+            textfont=_DIGITS if kind == "digit" else {"size": _LETTERS},
+            hovertext=[_hover(table, table.tokens[i], facts[i]) for i in rows],
+            hoverinfo="text",
+            marker={"color": colour, "size": _DOTS[kind], "line": {"color": "white", "width": 1}},
+            # Half transparent, for the dots to stand out.
+            line={"color": f"rgba{(*bytes.fromhex(colour[1:]), 0.5)}", "width": 1.5},
+        )
+        if rows:
+            traces.append(trace)
+    return traces
+
+
+def _sides(points: np.ndarray, labels: Sequence[str]) -> list[str]:
+    """On which side of its point each label crowds the others least, in plotly's words."""
+    area = np.array([_WIDTH - 3 * _SIDE, _HEIGHT - _TITLE - _BELOW])
+    extent = np.ptp(points, axis=0)
+    places = (points - points.min(axis=0)) / np.where(extent > 0, extent, 1) * area
+    sizes = np.array([(0.65 * _LETTERS * len(label), 1.2 * _LETTERS) for label in labels])
+    radius = _DOTS["atom"] / 2
+    offsets = spread(places, sizes, radius=radius, box=np.stack([-area, 2 * area])).centres - places
+    # What is less than half as far as the label reaches is in the middle.
+    across, up = np.sign(np.trunc(2 * offsets / (sizes / 2 + radius))).astype(int).T
+    rows, columns = ("middle", "top", "bottom"), ("center", "right", "left")
+    return [f"{rows[y]} {columns[x]}" for x, y in zip(across, up, strict=True)]
+
+
+def _hover(table: EmbeddingTable, token: str, fact: TokenFacts) -> str:
+    """What is shown where one points at a token."""
+    near = nearest(table, token, _NEIGHBOURS)
+    kind = drawn_kind(table)
+    lines = [f"<b>{escape(readable(fact.label))}</b>", f"token: {escape(token)}"]
+    lines += [f"{key}: {escape(value)}" for key, value in fact.facts]
+    lines += ["nearest by cosine:"]
+    lines += [f"  {escape(readable(facts_of(other, kind).label))} {cosine:.3f}" for other, cosine in near]
+    return "<br>".join(lines)
 
 
 def readable(label: str) -> str:

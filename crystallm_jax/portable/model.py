@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from crystallm_jax.errors import ModelError, SamplingError
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.portable.network import Network, prepare, whole_logits
 from crystallm_jax.portable.sampling import Completion, Request, complete
-from crystallm_jax.samples import Sample
+
+if TYPE_CHECKING:
+    from crystallm_jax.samples import Sample
 
 # Tokens read at once at most by `logits`, for its attention takes memory in their square.
 _TOGETHER = 4096
@@ -90,7 +92,7 @@ class NumpyModel:
         batch_size: int | None = None,
         constrain: None = None,
         overflow: str = "stop",
-    ) -> list[Sample]:
+    ) -> "list[Sample]":
         """Complete prompts; the samples come in the order of (prompt, sample).
 
         They are those that the JAX model draws with the same seed, but where two tokens tie to the last digits.
@@ -102,7 +104,7 @@ class NumpyModel:
             top_k: only the k most likely tokens can be drawn; 1 is greedy, None draws from all.
             max_new_tokens: most tokens to add; None goes on to the end of the context.
             seed: of all randomness: the same sample for the same (seed, prompt, sample index).
-            batch_size: rows decoded together; it changes no sample. None takes 64, or fewer of a large model.
+            batch_size: rows decoded together; it changes no sample. None takes 32, or fewer of a large model.
             constrain: None; the JAX model alone can hold samples to anything.
             overflow: `stop`; the JAX model alone goes on beyond the context's end.
 
@@ -123,7 +125,9 @@ class NumpyModel:
         completions = complete(self.network, encoded, newline_id=self.tokenizer.newline_id, request=request)
         return sorted(map(self._sample, completions), key=lambda one: (one.prompt_index, one.sample_index))
 
-    def _sample(self, completion: Completion) -> Sample:
+    def _sample(self, completion: Completion) -> "Sample":
+        from crystallm_jax.samples import Sample  # noqa: PLC0415  it brings pymatgen
+
         return Sample(text=self.tokenizer.decode(completion.token_ids), **completion._asdict())
 
 

@@ -19,7 +19,7 @@ from crystallm_jax.portable.network import Cache, Network, Reading, empty_cache,
 from crystallm_jax.portable.threefry import fold_in, gumbel, root_key
 
 # Rows decoded together unless told: what fills a processor, and keys and values of so many bytes at most.
-_MOST_ROWS, _CACHE_BYTES = 64, 1 << 30
+_MOST_ROWS, _CACHE_BYTES = 32, 1 << 30
 _NO_TOKEN = -1
 
 
@@ -34,7 +34,7 @@ class Request:
             greedy.
         max_new_tokens: most tokens to add to a prompt; None goes on to the context's end.
         seed: of all randomness.
-        batch_size: rows decoded together; None takes 64, or what fits into a gibibyte of keys and values.
+        batch_size: rows decoded together; None takes 32, or what fits into a gibibyte of keys and values.
     """
 
     num_samples: int = 1

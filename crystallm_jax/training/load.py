@@ -20,7 +20,7 @@ from crystallm_jax.model import ModelConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
-from crystallm_jax.training.sources import DEFAULT_NAME, locate, read_archive
+from crystallm_jax.convert.sources import DEFAULT_NAME, locate, read_archive
 
 
 def load_weights(path_or_name: str | Path) -> Weights:

@@ -20,7 +20,7 @@ from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import crop_block_size, load_weights, run_model_config, run_of
 from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER
-from crystallm_jax.training.sources import locate
+from crystallm_jax.convert.sources import locate
 from crystallm_jax.training.step import CompiledSteps, TrainState
 
 # Where optax's Adam keeps its state in the optimiser's: what has moments comes first.
