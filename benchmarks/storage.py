@@ -208,7 +208,8 @@ def measure(options: argparse.Namespace, theirs: CrystalModel, folder: Path) -> 
         save_numpy(theirs, path, dtype=dtype)
         begun = time.perf_counter()
         models[dtype] = load_numpy(path)
-        rows.append({"storage": dtype, **sizes(path), "load_s": time.perf_counter() - begun})
+        load_s = time.perf_counter() - begun
+        rows.append({"storage": dtype, "load_s": load_s, **sizes(path)})
     reference = models["float32"]
     texts = held_out(
         options.dataset, options.split, records=options.records, block_size=theirs.config.block_size

@@ -1,6 +1,5 @@
 """The Python interface: a model that answers with logits and with samples."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -9,13 +8,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
-from crystallm_jax.errors import ModelError, SamplingError
 from crystallm_jax.model import GPT, ModelConfig, count_params, init_params
 from crystallm_jax.model.config import DType
+from crystallm_jax.portable.model import checked_tokens, encode_prompt
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.constrain import Level
 from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
@@ -55,15 +53,7 @@ class CrystalModel:
         Raises:
             ModelError: not two-dimensional, longer than the context, or ids outside the vocabulary.
         """
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ModelError(
-                f"tokens of shape {tokens.shape} and type {tokens.dtype}: expected integers [B, T]"
-            )
-        if tokens.shape[1] > self.config.block_size:
-            raise ModelError(f"{tokens.shape[1]} tokens do not fit the context of {self.config.block_size}")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            raise ModelError(f"token ids must lie within 0 and {self.config.vocab_size - 1}")
+        tokens = checked_tokens(tokens, self.config)
         return _logits(self.config, self.params, jnp.asarray(tokens, jnp.int32))
 
     def generate(
@@ -121,24 +111,12 @@ class CrystalModel:
             SamplingError: a prompt that is no prompt or leaves no room.
         """
         newline_id = self.tokenizer.token_to_id["\n"]
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         batches = generate(
             self.config, self.params, encoded, newline_id=newline_id, request=request, orders=orders
         )
         for batch in batches:
             yield [self._sample(completion) for completion in batch]
-
-    def _encode(self, prompt: str) -> np.ndarray:
-        if not prompt.startswith("data_"):
-            raise SamplingError(f"prompt {prompt[:40]!r} does not begin with data_: make it with make_prompt")
-        ids = self.tokenizer.encode_cif(prompt)
-        # The tokenizer skips characters that it does not know: such a prompt would be another one.
-        kept = self.tokenizer.decode(ids) == re.sub(r"[ \t]+", " ", prompt)
-        if not kept or (ids == self.tokenizer.unk_id).any():
-            raise SamplingError(
-                f"prompt {prompt[:40]!r} has words or characters that the vocabulary lacks: make it with make_prompt"
-            )
-        return ids
 
     def _sample(self, completion: Completion) -> Sample:
         return Sample(text=self.tokenizer.decode(completion.token_ids), **completion._asdict())

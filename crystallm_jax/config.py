@@ -13,11 +13,26 @@ from typing import Any, TypeVar, cast
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import AliasToken, AnchorToken, YAMLError
+from yaml import (
+    AliasToken,
+    AnchorToken,
+    BlockEndToken,
+    BlockMappingStartToken,
+    BlockSequenceStartToken,
+    FlowMappingEndToken,
+    FlowMappingStartToken,
+    FlowSequenceEndToken,
+    FlowSequenceStartToken,
+    YAMLError,
+)
 
 from crystallm_jax.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+
+_OPENING = (BlockMappingStartToken, BlockSequenceStartToken, FlowMappingStartToken, FlowSequenceStartToken)
+_CLOSING = (BlockEndToken, FlowMappingEndToken, FlowSequenceEndToken)
+_DEEPEST = 100
 
 
 def load_config(
@@ -84,8 +99,14 @@ def load_plain_yaml(text: str) -> Any:
         ValueError: it is nested too deep.
     """
     try:
-        if any(isinstance(token, AnchorToken | AliasToken) for token in yaml.scan(text)):
-            raise YAMLError("it has anchors (& and *): write the values out")
+        depth = 0
+        for token in yaml.scan(text):
+            if isinstance(token, AnchorToken | AliasToken):
+                raise YAMLError("it has anchors (& and *): write the values out")
+            # The scanner's time grows with the square of the depth.
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > _DEEPEST:
+                raise ValueError("it is nested too deep")
         return yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None

@@ -4,11 +4,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+# What judges is loaded when it is asked for: it needs pymatgen.
+from crystallm_jax import evaluation
 from crystallm_jax.cif import CIFError, postprocess_cif
-from crystallm_jax.evaluation import ValidityReport, parse_structure, validate
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
+
+    from crystallm_jax.evaluation import ValidityReport
 
 # What the published tool puts above a text that it could not post-process.
 WARNING_LINE = "# WARNING: this text could not be post-processed"
@@ -50,8 +53,8 @@ class Sample:
         Raises:
             CIFError: the text does not describe one.
         """
-        return parse_structure(self.cif)
+        return evaluation.parse_structure(self.cif)
 
-    def validate(self) -> ValidityReport:
+    def validate(self) -> "ValidityReport":
         """The verdicts on it."""
-        return validate(self.cif)
+        return evaluation.validate(self.cif)

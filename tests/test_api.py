@@ -184,7 +184,9 @@ def test_golden_checkpoints_load(golden: Path, name: str) -> None:
 
 def test_nothing_there_says_what_was_expected(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(cl.ModelError, match=r"no model there; expected a file \(ckpt\.pt, model\.npz\), a folder"):
+        with pytest.raises(
+            cl.ModelError, match=r"no model there; expected a file \(ckpt\.pt, model\.npz\), a folder"
+        ):
             cl.load_model(path)
 
 
@@ -204,7 +206,7 @@ def test_damaged_models_are_refused(folder: Path, run_folder: Path, tmp_path: Pa
     deeper = shutil.copytree(run_folder, tmp_path / "deeper")
     text = (deeper / CONFIG_FILE).read_text()
     (deeper / CONFIG_FILE).write_text(text.replace("n_layer: 2", "n_layer: 3"))
-    with pytest.raises(cl.ModelError, match="h_2.* is missing") as caught:
+    with pytest.raises(cl.ModelError, match=r"h_2.* is missing") as caught:
         cl.load_model(deeper)
     assert "\n" not in str(caught.value)
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.cli import main
 from crystallm_jax.config import to_yaml
 from crystallm_jax.convert.arrange import flattened
@@ -18,17 +22,21 @@ from crystallm_jax.convert.card import CARD_FILE, read_card
 from crystallm_jax.convert.folder import (
     CONFIG_FILE,
     MOMENTS_FILE,
+    TRAINING_FILE,
+    VOCABULARY_FILE,
     WEIGHTS_FILE,
     read_folder_training,
     write_folder,
 )
 from crystallm_jax.convert.published import read_published_training
+from crystallm_jax.convert.tensors import read_tensors, write_tensors
 from crystallm_jax.convert.weights import Moments, Training, Weights
+from crystallm_jax.errors import ModelError
+from crystallm_jax.exchange.provenance import card_of, training_command
 from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
 from crystallm_jax.training.metrics import METRICS_FILE
-from crystallm_jax.exchange.provenance import card_of, training_command
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=371, bias=True)
 
@@ -55,8 +63,8 @@ def _same(ours: Any, theirs: Any) -> None:
         np.testing.assert_array_equal(value, expected[name])
 
 
-def _error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 1
+def _error(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 1) -> str:
+    assert main([str(argument) for argument in arguments]) == code
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     return message
@@ -139,16 +147,177 @@ def test_what_cannot_be_converted_is_one_line(
     target = tmp_path / "target"
     assert "no model there" in _error(capsys, "convert", tmp_path / "none", target)
     assert "is there already" in _error(capsys, "convert", model, model)
-    assert "int8" in _error(capsys, "convert", model, target, "--dtype", "int8")
-    assert "float32 alone" in _error(capsys, "convert", model, tmp_path / "x.pt", "--dtype", "float16")
-    assert "--push" in _error(capsys, "convert", model, tmp_path / "x.npz", "--push", "me/mine")
     assert "--notes" in _error(capsys, "convert", model, target, "--notes", tmp_path / "none.md")
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in _error(capsys, "convert", model, tmp_path / "file" / "model")
+    for name in ("model", "model.pt", "model.npz"):
+        assert str(tmp_path / "file") in _error(capsys, "convert", model, tmp_path / "file" / name)
+    assert "too long" in _error(capsys, "convert", model, tmp_path / ("x" * 300))
     assert not target.exists()
     with pytest.raises(SystemExit) as usage:
         main(["convert", str(model), str(target), "--metric", "good"])
     assert usage.value.code == 2
+
+
+def test_files_of_a_user_that_are_called_partial_are_kept(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "model.npz.partial").mkdir()
+    (tmp_path / "ckpt.pt.partial").write_text("mine")
+    names = ["ckpt.pt", "mine", "model.npz"]
+    for name in names:
+        assert main(["convert", str(model), str(tmp_path / name)]) == 0
+    names = sorted([*names, *(f"{name}.partial" for name in names)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("name", ["CKPT.PT", "model.NPZ"])
+def test_endings_are_told_in_capitals_too(name: str, model: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(model), str(tmp_path / name)]) == 0
+    assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("1000000000", "too few for the 1000000000 layers"),
+        ("-1", "config.yaml: n_layer=-1"),
+        ("[" * 50_000, "config.yaml: cannot be read as YAML: it is nested too deep"),
+    ],
+    ids=["many", "negative", "deep"],
+)
+def test_a_shape_that_cannot_be_is_told_at_once(
+    layers: str, message: str, model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "mine")
+    config = tmp_path / "mine" / CONFIG_FILE
+    config.write_text(config.read_text().replace("n_layer: 1\n", f"n_layer: {layers}\n"))
+    with pytest.raises(ModelError, match=re.escape(message)):
+        load_weights(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda named: {name: value > 0 for name, value in named.items()}, "is of bool"),
+        (lambda named: {name: value.astype(np.int32) for name, value in named.items()}, "is of int32"),
+        (lambda named: {name: value * np.float64(1e300) for name, value in named.items()}, "not finite"),
+        (lambda named: named | {"h.x": np.zeros((10**9, 0), np.float32)}, "h.x has shape"),
+    ],
+)
+def test_parameters_are_floating_point_numbers_of_as_many_layers(
+    change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(model, tmp_path / "mine")
+    (tmp_path / "mine" / CARD_FILE).unlink()
+    file = tmp_path / "mine" / WEIGHTS_FILE
+    write_tensors(file, change(read_tensors(file)))
+    with pytest.raises(ModelError, match=message):
+        load_weights(tmp_path / "mine")
+
+
+def test_a_card_with_other_line_ends_keeps_its_hashes(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "mine")
+    card = tmp_path / "mine" / CARD_FILE
+    card.write_bytes(b"\xef\xbb\xbf" + card.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_card(tmp_path / "mine") == read_card(model)
+
+
+def test_a_card_that_is_damaged_or_hostile_is_one_line_or_harmless(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "mine")
+    card = tmp_path / "mine" / CARD_FILE
+    card.write_text("---\nparameters: .inf\n---\n")
+    with pytest.raises(ModelError, match="the head of the card is damaged"):
+        load_weights(tmp_path / "mine")
+    card.write_text('---\nlicense: "\\e[31mred"\n---\n\x1b[2Jgone')
+    assert main(["info", str(tmp_path / "mine")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "message"),
+    [
+        ("x", "--dtype int8", "--dtype int8: of NumPy files"),
+        ("x.pt", "--dtype float16", "float32 alone"),
+        ("x.npz", "--storage orbax", "--storage orbax: of model folders alone"),
+        ("x.npz", "--push me/mine", "--push me/mine: only folders are uploaded"),
+        ("x", "--private", "--private says how --push"),
+        ("x.pt", "--license cc0-1.0", "--license: there is no model card in"),
+        ("x.npz", "--metric val_loss=1", "--metric: there is no model card in"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_refused_before_anything_is_read(
+    target: str, flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [tmp_path / "none", tmp_path / target, *flags.split()]
+    assert message in _error(capsys, "convert", *given, code=2)
+
+
+def test_parameters_stand_for_the_folder_that_they_lie_in(
+    model: Path, weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(model / WEIGHTS_FILE), str(tmp_path / "ckpt.pt")]) == 0
+    _same(
+        read_published_training(tmp_path / "ckpt.pt").training.moments.first, weights.training.moments.first
+    )
+    # Any other file of tensors is not what the folder's configuration is of.
+    capsys.readouterr()
+    assert "tensors alone" in _error(capsys, "convert", model / MOMENTS_FILE, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"updates": "many"},
+        {"updates": -1},
+        {"step": [1]},
+        {"step": 10**20},
+        {"step": 1.5},
+        {"best_val_loss": "low"},
+    ],
+)
+def test_a_training_state_that_says_nonsense_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    shutil.copytree(model, tmp_path / "mine")
+    (tmp_path / "mine" / CARD_FILE).unlink()
+    file = tmp_path / "mine" / TRAINING_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert f"{file}: " in _error(capsys, "convert", tmp_path / "mine", tmp_path / "ckpt.pt")
+
+
+def test_moments_of_no_kind_and_foreign_vocabularies_are_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "mine")
+    (tmp_path / "mine" / CARD_FILE).unlink()
+    moments = tmp_path / "mine" / MOMENTS_FILE
+    write_tensors(moments, read_tensors(moments) | {"third.wte.embedding": np.zeros(1, np.float32)})
+    with pytest.raises(ModelError, match=r"third\.wte\.embedding is of no moments"):
+        read_folder_training(tmp_path / "mine")
+    config = tmp_path / "mine" / CONFIG_FILE
+    config.write_text(config.read_text().replace("vocab_size: 371", "vocab_size: 372"))
+    (tmp_path / "mine" / VOCABULARY_FILE).write_text(json.dumps([*TOKENS, "new"]))
+    with pytest.raises(ModelError, match="it has 372 tokens, this package has 371"):
+        load_weights(tmp_path / "mine")
+
+
+def test_a_checkpoint_of_a_run_is_described_with_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(Path(__file__).parent / "fixtures" / "models" / "run_2.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (checkpoint,) = (tmp_path / "run_2" / "checkpoints").iterdir()
+    assert main(["info", str(checkpoint), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["parameters"], found["problems"]) == ("checkpoint", 4984, [])
+    assert found["training_command"].startswith("crystallm train ")
+
+
+def test_the_command_of_a_run_keeps_the_names_of_models(tmp_path: Path) -> None:
+    for given, kept in (("hf:me/mine", "hf:me/mine"), (str(tmp_path / "ckpt.pt"), "ckpt.pt")):
+        assert training_command(TrainConfig(init_from=given)) == f"crystallm train init_from={kept}"
 
 
 class _Evil:

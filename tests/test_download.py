@@ -327,6 +327,17 @@ def test_pieces_that_do_not_fit_together_are_downloaded_anew_once(
     assert "do not fit together" in said.text
 
 
+def test_what_comes_in_pieces_and_never_fits_is_given_up(server: Server, folder: Path) -> None:
+    server.files[NAME] = OTHER
+    folder.mkdir(parents=True)
+    (folder / f"{NAME}.partial").write_bytes(OTHER[:50_000])
+    server.script = [sound, breaks_off(70_000), sound]
+    with pytest.raises(DataError, match="damaged on its way, or another file"):
+        fetch(NAME, server.source())
+    assert server.ranges() == ["bytes=50000-", None, "bytes=70000-"]
+    assert not (folder / NAME).exists()
+
+
 @pytest.mark.parametrize("rest", [DATA, DATA + b"more", OTHER], ids=["whole", "longer", "other"])
 def test_what_is_left_over_from_before_does_no_harm(server: Server, folder: Path, rest: bytes) -> None:
     folder.mkdir(parents=True)

@@ -241,10 +241,12 @@ def test_tensors_are_those_of_the_model_and_no_others(
         ("config.json", b"{"),
         ("config.json", b"[1]"),
         ("config.json", b"[" * 100_000),
+        ("config.json", b'{"model_type": "gpt2", "resid_pdrop": 1%s}' % (b"0" * 400)),
         ("tokenizer.json", b"\xff"),
         ("tokenizer.json", b"{}"),
         ("tokenizer.json", b'{"model": {"vocab": {"a": "1"}}}'),
         ("tokenizer.json", b'{"model": {"vocab": {"a": 1, "b": 1}}}'),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": 1}}, "added_tokens": [{"content": ["b"], "id": 1}]}'),
         ("model.safetensors", b"garbage and more of it"),
     ],
 )

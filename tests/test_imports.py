@@ -17,6 +17,7 @@ ROOMS = (
     ("model",),
     ("convert",),
     ("training",),
+    ("exchange",),
     ("sampling",),
     ("ahead",),
     ("evaluation",),
@@ -28,7 +29,17 @@ ROOMS = (
 )
 PLACE = {name: place for place, names in enumerate(ROOMS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "chex"}
-WITHOUT_JAX = ("errors", "config", "processes", "cif", "data", "artifacts", "evaluation", "samples", "embeddings")
+WITHOUT_JAX = (
+    "errors",
+    "config",
+    "processes",
+    "cif",
+    "data",
+    "artifacts",
+    "evaluation",
+    "samples",
+    "embeddings",
+)
 FEEDING = "data/feed.py"
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from crystallm_jax.convert.folder import (
     read_folder_training,
     write_folder,
 )
+from crystallm_jax.convert.new_folder import new_folder
 from crystallm_jax.convert.weights import Moments, Training, Weights
 from crystallm_jax.errors import CrystallmError, ModelError
 from crystallm_jax.model import GPT, ModelConfig, init_params
@@ -84,6 +87,31 @@ def test_a_model_folder_gives_back_what_was_written(
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=1e-7 if tolerance else 0)
     assert {file.name for file in path.iterdir()} == {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE}
     assert {value.dtype.name for value in load_file(path / WEIGHTS_FILE).values()} == {dtype}
+
+
+def test_bfloat16_is_read_where_no_jax_is_loaded(tmp_path: Path, params: Any) -> None:
+    write_folder(tmp_path / "model", Weights(BIASED, params), dtype="bfloat16")
+    code = (
+        "import sys; from crystallm_jax.convert.folder import read_folder;"
+        f" read_folder({str(tmp_path / 'model')!r}); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_two_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
+    killed = tmp_path / ".model.1.partial"
+    killed.mkdir()
+    path = tmp_path / "model"
+
+    def write_while_another_ends() -> None:
+        with new_folder(path):
+            path.mkdir()
+            (path / "file").write_text("of the other")
+
+    with pytest.raises(ModelError, match="cannot be written"):
+        write_while_another_ends()
+    assert (path / "file").read_text() == "of the other"
+    assert set(tmp_path.iterdir()) == {killed, path}
 
 
 def test_orbax_parameters_are_the_same_model(tmp_path: Path, params: Any) -> None:

@@ -147,12 +147,21 @@ def test_without_moments_a_fresh_optimiser_is_written(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match=r"ckpt\.pt: cannot be written"):
-        write_published(tmp_path / "none" / "ckpt.pt", _random_weights(DEEP))
+        write_published(tmp_path / "file" / "ckpt.pt", _random_weights(DEEP))
     (tmp_path / "ckpt.pt").mkdir()
     with pytest.raises(ModelError, match=r"ckpt\.pt: cannot be written"):
         write_published(tmp_path / "ckpt.pt", _random_weights(DEEP))
-    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt.pt", "file"]
+
+
+@pytest.mark.parametrize("rate", ["fast", None, float("nan"), 10**400])
+def test_a_setting_of_the_optimiser_that_is_no_number_is_one_line(rate: Any, tmp_path: Path) -> None:
+    weights = dataclasses.replace(_random_weights(DEEP), training=Training(1, None, {"learning_rate": rate}))
+    with pytest.raises(ModelError, match=r"ckpt\.pt: learning_rate=.* is no number"):
+        write_published(tmp_path / "ckpt.pt", weights)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["model/a", "model/b", "model/c", "train/final", "train/init"])

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 from crystallm_jax.convert.arrange import flattened
 from crystallm_jax.convert.card import ModelCard
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.exchange.export import Format, export
+from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.training.load import load_weights
 from crystallm_jax.training.sharding import FSDP, make_mesh, parameter_specs, state_shardings
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crystallm_jax.convert import sources
 from crystallm_jax.convert.arrange import flattened
 from crystallm_jax.convert.card import CARD_FILE
 from crystallm_jax.errors import CrystallmError
-from crystallm_jax.convert import sources
 from crystallm_jax.training.load import load_weights
 
 NAME = "crystallm_v1_small"
@@ -63,3 +63,14 @@ def test_an_archive_without_a_checkpoint_is_one_line(archive: Path) -> None:
     with pytest.raises(CrystallmError, match=r"holds none, where one ckpt\.pt was expected") as caught:
         load_weights(archive)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_and_names_that_no_file_can_have_are_one_line(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CRYSTALLM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(CrystallmError, match="set CRYSTALLM_CACHE to a folder that can be used"):
+        load_weights(archive)
+    with pytest.raises(CrystallmError, match="File name too long"):
+        load_weights("x" * 300)

@@ -101,13 +101,13 @@ def _download(artifact: Artifact, source: Source, path: Path) -> None:
     partial = _partial(path)
     url = without_password(source.url_of(artifact))
     logger.info("downloading %s (%s) from %s", artifact.name, size_text(artifact.size), url)
-    while True:
+    for again in (True, False):
         in_pieces = download(artifact, source, partial)
         found = md5_of(partial)
         if found == artifact.md5:
             break
         partial.unlink()
-        if not in_pieces:
+        if not (in_pieces and again):
             raise DataError(
                 f"{url}: what came has the MD5 {found}, not {artifact.md5}: damaged on its way, or another file; "
                 "it was removed: try again, or set CRYSTALLM_MIRROR to another place"

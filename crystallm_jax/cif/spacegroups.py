@@ -13,6 +13,23 @@ from crystallm_jax.errors import CIFError
 
 # Symbols of the International Tables before 1992.
 _OLD_SYMBOLS = {"Abm2": "Aem2", "Aba2": "Aea2", "Cmca": "Cmce", "Cmma": "Cmme", "Ccca": "Ccce"}
+CRYSTAL_SYSTEMS: Mapping[str, int] = MappingProxyType(
+    {
+        "triclinic": 2,
+        "monoclinic": 15,
+        "orthorhombic": 74,
+        "tetragonal": 142,
+        "trigonal": 167,
+        "hexagonal": 194,
+        "cubic": 230,
+    }
+)
+"""The last space group of each crystal system, by its number in the International Tables."""
+
+
+def crystal_system(number: int) -> str:
+    """The crystal system of a space group, 1 to 230."""
+    return next(name for name, last in CRYSTAL_SYSTEMS.items() if number <= last)
 
 
 @cache

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crystallm_jax.errors import ModelError
+from crystallm_jax.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from crystallm_jax.convert.card import ModelCard
+    from crystallm_jax.exchange.export import Format
 
 _EXAMPLE = """examples:
   crystallm convert ckpt.pt models/mine                     a published checkpoint as a model folder
@@ -33,8 +34,8 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="the model")
-    add("target", metavar="TARGET", type=Path, help="file or folder to write")
+    add("source", metavar="SOURCE", help="the model, of any format (below)")
+    add("target", metavar="TARGET", type=Path, help="file or folder to write, which is not there yet")
     add(
         "--to",
         choices=("folder", "published", "numpy", "huggingface"),
@@ -44,25 +45,31 @@ def add_parser(verbs: Any) -> None:
         "--dtype",
         choices=("float32", "float16", "bfloat16", "int8"),
         default="float32",
-        help="storage of the parameters (default: float32; int8 for .npz alone)",
+        help="storage of the parameters (default: %(default)s; ckpt.pt holds no other, int8 is for .npz alone)",
     )
     add(
         "--storage",
         choices=("safetensors", "orbax"),
         default="safetensors",
-        help="of a model folder's parameters (default: safetensors)",
+        help="of a model folder's parameters (default: %(default)s)",
     )
     add(
         "--weights-only",
         action="store_true",
         help="leave the optimiser's moments out (default: they go along into folders and ckpt.pt)",
     )
-    _add_card(parser.add_argument_group("the model card"))
+    _add_card(parser.add_argument_group("the model card, of folders"))
     hub = parser.add_argument_group("the hub")
     hub.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload the folder that was written to the Hugging Face hub"
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the folder that was written to the Hugging Face hub (default: it stays here)",
     )
-    hub.add_argument("--private", action="store_true", help="make the repository private where it is new")
+    hub.add_argument(
+        "--private",
+        action="store_true",
+        help="with --push: make the repository private where it is new (default: public)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -77,9 +84,14 @@ def _add_card(group: Any) -> None:
         action="append",
         default=[],
         type=_metric,
-        help="a measured figure (several)",
+        help="a measured figure; may be given several times (default: as the source says)",
     )
-    add("--notes", metavar="FILE", type=Path, help="Markdown below the head of the card")
+    add(
+        "--notes",
+        metavar="FILE",
+        type=Path,
+        help="Markdown below the head of the card (default: as the source has it, or made of the rest)",
+    )
 
 
 def _metric(text: str) -> tuple[str, float]:
@@ -96,22 +108,22 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert; returns the exit code.
 
     Raises:
+        ConfigError: flags that do not go together.
         CrystallmError: there is no such model, it is damaged, or the target cannot be written.
     """
+    from crystallm_jax.convert.sources import locate  # noqa: PLC0415
     from crystallm_jax.exchange.export import export, format_of, gathered  # noqa: PLC0415 - keeps --help instant
     from crystallm_jax.exchange.provenance import card_of  # noqa: PLC0415
-    from crystallm_jax.convert.sources import locate  # noqa: PLC0415
+    from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
 
     target: Path = arguments.target
     form = arguments.to or format_of(target)
-    if arguments.push and form not in ("folder", "huggingface"):
-        raise ModelError(
-            f"--push {arguments.push}: only folders are uploaded, not {target.name}: add --to huggingface"
-        )
-    source = locate(arguments.source)
-    weights = gathered(source, form=form, weights_only=arguments.weights_only)
-    card = _told(card_of(source), arguments)
-    export(weights, target, form=form, card=card, dtype=arguments.dtype, storage=arguments.storage)
+    _check(arguments, form)
+    with terminate_as_interrupt():
+        source = locate(arguments.source)
+        weights = gathered(source, form=form, weights_only=arguments.weights_only)
+        card = _told(card_of(source), arguments)
+        export(weights, target, form=form, card=card, dtype=arguments.dtype, storage=arguments.storage)
     sys.stdout.write(f"{target}: {_size(target) / 1e6:,.2f} MB, {form}\n")
     if arguments.push:
         from crystallm_jax.convert.hub import push_hub  # noqa: PLC0415
@@ -119,6 +131,32 @@ def run(arguments: argparse.Namespace) -> int:
         url = push_hub(target, arguments.push, private=arguments.private)
         sys.stdout.write(f"{url}\n")
     return 0
+
+
+def _check(arguments: argparse.Namespace, form: "Format") -> None:
+    """Refuse what the format has no place for, rather than to leave it out."""
+    place = f"{arguments.target}, {form}"
+    if form not in ("folder", "huggingface"):
+        if arguments.push:
+            raise ConfigError(
+                f"--push {arguments.push}: only folders are uploaded, not {place}: add --to huggingface"
+            )
+        told = {f"--{name}": getattr(arguments, name) for name in ("license", "data", "command", "notes")}
+        flag = next(
+            (flag for flag, value in {**told, "--metric": arguments.metric or None}.items() if value), None
+        )
+        if flag is not None:
+            raise ConfigError(f"{flag}: there is no model card in {place}: leave it out, or write a folder")
+    if arguments.private and not arguments.push:
+        raise ConfigError("--private says how --push makes a repository: add --push OWNER/NAME")
+    if arguments.storage != "safetensors" and form != "folder":
+        raise ConfigError(f"--storage {arguments.storage}: of model folders alone, not of {place}")
+    if arguments.dtype == "int8" and form != "numpy":
+        raise ConfigError(f"--dtype int8: of NumPy files (.npz) alone, not of {place}")
+    if arguments.dtype != "float32" and form == "published":
+        raise ConfigError(
+            f"--dtype {arguments.dtype}: published checkpoints hold float32 alone: leave it out"
+        )
 
 
 def _told(card: "ModelCard", arguments: argparse.Namespace) -> "ModelCard":

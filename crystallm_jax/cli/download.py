@@ -34,8 +34,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "download",
         help="the published models and data by name",
-        description="Download published files, check them and keep them; prints where each lies. A download that was "
-        "broken off goes on where it was.",
+        description="Download published files, check them and keep them; prints where each lies.\n"
+        "A download that was broken off goes on where it was.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,8 +52,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="store_true",
         help="unpack archives into DIR/NAME (default: leave them as they are)",
     )
-    parser.add_argument("--list", action="store_true", help="show all files, and which are in the cache")
-    parser.add_argument("--json", action="store_true", help="with --list: as a JSON array")
+    parser.add_argument(
+        "--list", action="store_true", help="show all files, and which are in the cache (default: download)"
+    )
+    parser.add_argument("--json", action="store_true", help="with --list: as a JSON array (default: as text)")
     parser.set_defaults(run=run)
     return parser
 

@@ -37,8 +37,8 @@ def add_parser(verbs: Any) -> None:
         "embeddings",
         help="the vectors of elements, digits and space groups: files, pictures, neighbours",
         description="Write the vectors that a model has learned for its tokens in the published CSV layout, draw them"
-        " in the plane (PNG, and a page in which one can point at a token), and say how well neighbours agree with the"
-        " periodic table and the crystal systems.",
+        "\nin the plane (PNG, and a page in which one can point at a token), and say how well neighbours"
+        "\nagree with the periodic table and the crystal systems.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,7 +46,7 @@ def add_parser(verbs: Any) -> None:
     add(
         "model",
         metavar="M",
-        help="a model (run folder, model folder, ckpt.pt, `default`), or a CSV file of vectors, also gzipped",
+        help="a model of any format, a file, folder or name, or a CSV file of vectors, also gzipped",
     )
     add(
         "--kind",
@@ -82,7 +82,7 @@ def add_parser(verbs: Any) -> None:
         default="kind",
         help="neighbours of the token's kind, or of the whole vocabulary (default: %(default)s)",
     )
-    add("--json", action="store_true", help="print one JSON object instead")
+    add("--json", action="store_true", help="print one JSON object (default: text)")
     parser.set_defaults(run=run)
 
 

@@ -18,15 +18,6 @@ _BARS = 16
 _BAR_LENGTH = 40
 _TOP = 12
 _CELL = 5
-_LAST_NUMBERS = {
-    "triclinic": 2,
-    "monoclinic": 15,
-    "orthorhombic": 74,
-    "tetragonal": 142,
-    "trigonal": 167,
-    "hexagonal": 194,
-    "cubic": 230,
-}
 # Rows of the periodic table: the first atomic number, elements on the left, the number after a gap, elements there.
 _ROWS = (
     *(
@@ -67,19 +58,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "folder",
-        metavar="DIR",
-        help="a prepared folder, or published token files or their archive; a model of any format; or a run folder",
+        metavar="WHAT",
+        help="a prepared folder, or published token files or their archive; a model: a file or folder of any format, "
+        "a name, or one of a run's checkpoints; or a run folder",
     )
-    parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
+    parser.add_argument("--json", action="store_true", help="all of it as one JSON object (default: as text)")
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare checksums (default: compare them)"
+        "--no-verify",
+        action="store_true",
+        help="compare no checksums but those of parameters (default: compare all)",
     )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
         help="draw the lengths, or the run's curves, as .png, .pdf or .svg (default: no lengths; curves.png in the "
-        "run folder)",
+        "run folder; models have no picture)",
     )
     parser.set_defaults(run=run)
     return parser
@@ -116,10 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _model(name: str) -> Path | None:
-    """Where the model of this name lies; None for what is no model."""
+    """Where the model of this name lies, a run's checkpoint among them; None for what is no model."""
     from crystallm_jax.convert.detect import is_model  # noqa: PLC0415  needs NumPy, --help does not
+    from crystallm_jax.training.runfolder import is_checkpoint  # noqa: PLC0415
 
-    if is_model(Path(name)):
+    if is_model(Path(name)) or is_checkpoint(Path(name)):
         return Path(name)
     if Path(name).exists():
         return None
@@ -256,11 +251,12 @@ def _summed(parts: "Iterable[Mapping[str, int]]") -> Counter[str]:
 def _spacegroups(splits: "Sequence[SplitDescription]", records: int) -> list[str]:
     """Records by crystal system, and the most common space groups."""
     from crystallm_jax.cif import SPACEGROUPS  # noqa: PLC0415
+    from crystallm_jax.cif.spacegroups import CRYSTAL_SYSTEMS, crystal_system  # noqa: PLC0415
 
     counts = _summed(split.spacegroups for split in splits)
-    systems = dict.fromkeys(_LAST_NUMBERS, 0)
+    systems = dict.fromkeys(CRYSTAL_SYSTEMS, 0)
     for symbol, count in counts.items():
-        systems[next(name for name, last in _LAST_NUMBERS.items() if SPACEGROUPS[symbol] <= last)] += count
+        systems[crystal_system(SPACEGROUPS[symbol])] += count
     without = sum(split.without_spacegroup for split in splits)
     shown = {**systems, **({"none named": without} if without else {})}
     largest = max(shown.values())

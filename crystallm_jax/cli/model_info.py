@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from crystallm_jax.errors import ConfigError
 from crystallm_jax.exchange.describe import ModelDescription, describe_model
 
 _HEAD = 13
@@ -16,7 +17,15 @@ _SHOWN_DIGITS = 16
 
 
 def show(arguments: argparse.Namespace, path: Path) -> int:
-    """Describe a model; returns 1 if anything is wrong with it."""
+    """Describe a model; returns 1 if anything is wrong with it.
+
+    Raises:
+        ConfigError: a picture is wanted.
+    """
+    if arguments.plot is not None:
+        raise ConfigError(
+            f"--plot {arguments.plot}: of a model nothing is drawn here: see `crystallm embeddings`"
+        )
     found = describe_model(path, verify=not arguments.no_verify)
     if arguments.json:
         sys.stdout.write(json.dumps(asdict(found), indent=2, ensure_ascii=False) + "\n")
@@ -35,7 +44,9 @@ def report(found: ModelDescription) -> str:
         textwrap.dedent(found.text).strip().splitlines(),
         list(_verdict(found)),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+    text = "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+    # A card may come from anywhere: what would steer the terminal is shown as a question mark.
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "?" for sign in text)
 
 
 def _model(found: ModelDescription) -> Iterator[str]:

@@ -1,20 +1,25 @@
 """Parameters by name, as files hold them, and as nested dicts, as the model takes them.
 
-In files a parameter is named by its path joined by dots (`h_0.attn.c_attn.kernel`) and is a matrix or a vector, as
+Published checkpoints have the names and shapes of `convert.names`.
+
+In our files a parameter is named by its path joined by dots (`h_0.attn.c_attn.kernel`) and is a matrix or a vector, as
 `parameter_table` says. Read are also the layouts of training: layers stacked under `h`, and `c_attn` as three kernels
 side by side ([D, 3, D]), which earlier versions kept as one ([D, 3 D]): the same numbers in the same order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.names import parameter_table
+from crystallm_jax.convert.names import ParameterEntry, parameter_table
+from crystallm_jax.convert.torch_file import StoredTensor, stored_bytes
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig
 
 _STACKED = "h"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""What parameters may be stored as."""
 
 
 def named_arrays(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -27,22 +32,28 @@ def named_arrays(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np
     }
 
 
-def params_from_named(
-    named: Mapping[str, np.ndarray], config: ModelConfig, *, place: str, finite: bool = True
-) -> dict[str, Any]:
+def params_from_named(named: Mapping[str, np.ndarray], config: ModelConfig, *, place: str) -> dict[str, Any]:
     """Arrange named arrays into the nested float32 parameters of `GPT`.
 
     Args:
         named: by name; of a type that becomes float32.
         config: the shape of the model.
         place: where they come from, for the message.
-        finite: whether numbers that are not finite are refused.
 
     Raises:
-        ModelError: one is missing, left over, of another shape than `config` asks for, or not finite.
+        ModelError: one is missing, left over, of another shape than `config` asks for, of integers, or not finite.
     """
+    for name, value in named.items():
+        if name.startswith(f"{_STACKED}.") and value.shape[:1] != (config.n_layer,):
+            raise ModelError(
+                f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {config.n_layer} layers"
+            )
     remaining = unstacked_names(named)
-    params: dict[str, Any] = {}
+    if config.n_layer > len(remaining):  # found out before a table of them is made
+        raise ModelError(
+            f"{place}: {len(remaining)} tensors are too few for the {config.n_layer} layers that are stated"
+        )
+    arranged = {}
     for entry in parameter_table(config).values():
         name = ".".join(entry.path)
         if name not in remaining:
@@ -52,16 +63,62 @@ def params_from_named(
             raise ModelError(
                 f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {entry.shape}"
             )
-        value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
-        if finite and not np.isfinite(value).all():
+        if value.dtype.name not in FLOATS:
+            raise ModelError(
+                f"{place}: tensor {name} is of {value.dtype}; only floating-point numbers are known"
+            )
+        with np.errstate(over="ignore"):  # said below, in one line
+            value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
+        if not np.isfinite(value).all():
             raise ModelError(f"{place}: tensor {name} holds numbers that are not finite: get another copy")
-        inner = params
-        for part in entry.path[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[entry.path[-1]] = value
+        arranged[name] = value
     if remaining:
         raise ModelError(f"{place}: tensors that no parameter takes: {', '.join(sorted(remaining)[:5])}")
-    return params
+    return nested(arranged)
+
+
+def params_from_tensors(
+    tensors: Mapping[str, Any], config: ModelConfig, *, place: str, role: str = "tensor"
+) -> dict[str, Any]:
+    """Read tensors under their published names into nested float32 arrays like the parameters of `GPT`.
+
+    Every one is checked before the first is read; what is read takes the memory of what is returned, and of one tensor
+    more.
+
+    Args:
+        tensors: `StoredTensor`s, those of the configuration and no others.
+        config: the shape of the model.
+        place: the file, for messages.
+        role: what the tensors are, for messages.
+
+    Raises:
+        ModelError: one is missing, left over, of another shape or type, or has numbers that are not finite.
+    """
+    table = parameter_table(config)
+    for name, entry in table.items():
+        _check_tensor(tensors.get(name), entry, f"{place}: {role} {name}")
+    if left := sorted(tensors.keys() - table.keys()):
+        raise ModelError(f"{place}: {role}s that no parameter takes: {', '.join(left[:5])}")
+    if sum(tensor.nbytes for tensor in tensors.values()) > stored_bytes(tensors.values()):
+        raise ModelError(f"{place}: {role}s of different names share their numbers: get another copy")
+    named = {}
+    for name, entry in table.items():
+        values = tensors[name].read()
+        # Published numbers may be of a wider type.
+        with np.errstate(over="ignore"):
+            value = np.array(values.T if entry.transposed else values, np.float32, order="C")
+        if not np.isfinite(value).all():
+            raise ModelError(f"{place}: {role} {name} has numbers that are not finite: get another copy")
+        named[".".join(entry.path)] = value.reshape(entry.held)
+    return nested(named)
+
+
+def published_arrays(params: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Nested arrays like the parameters of `GPT` under their published names: views in their published shapes."""
+    named = named_arrays(params, config)
+    for name, entry in parameter_table(config).items():
+        value = named[".".join(entry.path)]
+        yield name, value.T if entry.transposed else value
 
 
 def flattened(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -75,6 +132,18 @@ def flattened(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return flat
 
 
+def nested(named: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays by name as nested dicts: `flattened` the other way round."""
+    tree: dict[str, Any] = {}
+    for name, value in named.items():
+        *before, last = name.split(".")
+        inner = tree
+        for part in before:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return tree
+
+
 def unstacked_names(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What is stacked along a leading L under `h`, a layer each (`h_0`, ...); the rest as it is."""
     flat: dict[str, np.ndarray] = {}
@@ -85,3 +154,16 @@ def unstacked_names(named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         else:
             flat[name] = value
     return flat
+
+
+def _check_tensor(tensor: Any, entry: ParameterEntry, what: str) -> None:
+    if tensor is None:
+        raise ModelError(f"{what} is missing")
+    if not isinstance(tensor, StoredTensor):
+        raise ModelError(f"{what} is no tensor")
+    if tensor.shape != entry.published_shape:
+        raise ModelError(
+            f"{what} has shape {tensor.shape}; the configuration asks for {entry.published_shape}"
+        )
+    if tensor.dtype.kind != "f":
+        raise ModelError(f"{what} is of {tensor.dtype}: only floating-point numbers are known")

@@ -85,7 +85,8 @@ def read_card(folder: Path) -> ModelCard:
     path = folder / CARD_FILE
     try:
         with path.open("rb") as file:
-            text = file.read(_LONGEST).decode()
+            # Git and editors may have made its line ends those of another system.
+            text = file.read(_LONGEST).decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         return ModelCard(format=1)
     except (OSError, UnicodeDecodeError) as error:
@@ -97,7 +98,15 @@ def read_card(folder: Path) -> ModelCard:
         if not fence:
             raise ValueError("it has no end")
         return _card(load_plain_yaml(head), rest.strip())
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: the head of the card is damaged: {reason}") from None
 

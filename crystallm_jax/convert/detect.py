@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from crystallm_jax.convert.folder import is_folder
+from crystallm_jax.errors import ModelError
 
 # `published`: a PyTorch checkpoint; `archive`: a tar of one; `unknown` files are given to the reader of checkpoints,
 # which says what is wrong.
@@ -20,10 +21,13 @@ def kind_of_file(path: Path) -> FileKind:
     """What a file is.
 
     Raises:
-        OSError: it cannot be read.
+        ModelError: it cannot be read.
     """
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     place, magic = _TAR
     if head.startswith(_GZIP) or head[place : place + len(magic)] == magic:
         return "archive"
@@ -48,12 +52,17 @@ def _kind_of_zip(path: Path) -> FileKind:
 
 
 def kind_of_folder(path: Path) -> FolderKind:
-    """What a folder is, as far as it can be told without its runs."""
-    if is_folder(path):
-        return "folder"
-    if (path / HUGGINGFACE_CONFIG).is_file():
-        return "huggingface"
-    return "none"
+    """What a folder is, as far as it can be told without its runs.
+
+    Raises:
+        ModelError: it may not be looked into.
+    """
+    try:
+        if is_folder(path):
+            return "folder"
+        return "huggingface" if (path / HUGGINGFACE_CONFIG).is_file() else "none"
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def is_model(path: Path) -> bool:

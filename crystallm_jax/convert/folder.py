@@ -13,8 +13,8 @@ Folders of format 1 had the first, the third and the last, without hashes; they 
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,12 @@ import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.config import load_config, to_yaml
-from crystallm_jax.convert.arrange import flattened, named_arrays, params_from_named
+from crystallm_jax.convert.arrange import flattened, named_arrays, nested, params_from_named
 from crystallm_jax.convert.card import CARD_FILE, FOLDER_FORMAT, ModelCard, damage_of, read_card, with_hashes
+from crystallm_jax.convert.moments import read_count
+from crystallm_jax.convert.new_folder import new_folder
 from crystallm_jax.convert.tensors import read_tensors, write_tensors
+from crystallm_jax.convert.vocabulary import check_tokens
 from crystallm_jax.convert.weights import Moments, Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
@@ -36,6 +39,8 @@ CONFIG_FILE = "config.yaml"
 VOCABULARY_FILE = "vocab.json"
 MOMENTS_FILE = "optimizer.safetensors"
 TRAINING_FILE = "training.json"
+# What stands before the names in the file of moments.
+_MOMENTS = ("first", "second")
 Storage = Literal["safetensors", "orbax"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
@@ -57,7 +62,8 @@ def read_folder(path: str | Path) -> Weights:
     try:
         config = load_config(ModelConfig, path / CONFIG_FILE)
     except ConfigError as error:  # the command line was right
-        raise ModelError(str(error)) from None
+        told, file = str(error), str(path / CONFIG_FILE)
+        raise ModelError(told if file in told else f"{file}: {told}") from None
     card = read_card(path)
     if card.format > FOLDER_FORMAT:
         raise ModelError(
@@ -91,16 +97,17 @@ def read_folder_training(path: str | Path) -> Weights:
         return weights
     _check_hash(path, read_card(path), MOMENTS_FILE)
     tensors = read_tensors(path / MOMENTS_FILE)
-    parts: dict[str, dict[str, np.ndarray]] = {"first": {}, "second": {}}
+    parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in _MOMENTS}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = value
+        if part not in parts:
+            raise ModelError(f"{path / MOMENTS_FILE}: tensor {name} is of no moments: get another copy")
+        parts[part][rest] = value
     first, second = (
         params_from_named(parts[part], weights.config, place=f"{path / MOMENTS_FILE}: {part} moments")
-        for part in ("first", "second")
+        for part in _MOMENTS
     )
-    saved = json.loads((path / TRAINING_FILE).read_bytes())
-    moments = Moments(int(saved.get("updates", weights.training.step)), first, second)
+    moments = Moments(_updates(path, weights.training), first, second)
     return replace(weights, training=replace(weights.training, moments=moments))
 
 
@@ -130,12 +137,7 @@ def write_folder(
     path = Path(path)
     named = named_arrays(weights.params, weights.config)
     count = sum(value.size for value in named.values())
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ModelError(f"{path}: is there already: give another name, or remove it")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with new_folder(path) as partial:
         _write_params(partial, named, dtype=dtype, storage=storage)
         (partial / CONFIG_FILE).write_text(to_yaml(weights.config), encoding="utf-8")
         if weights.config.vocab_size == len(TOKENS):
@@ -144,18 +146,13 @@ def write_folder(
             _write_training(partial, weights.training, weights.config)
         card = with_hashes(replace(card or ModelCard(), parameters=count), partial)
         (partial / CARD_FILE).write_text(card.to_markdown(), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return card
 
 
 def _write_params(
     folder: Path, named: Mapping[str, np.ndarray], *, dtype: FloatType, storage: Storage
 ) -> None:
-    stored = {name: np.ascontiguousarray(value, _numpy_type(dtype)) for name, value in named.items()}
+    stored = {name: np.ascontiguousarray(value, dtype) for name, value in named.items()}
     if storage == "orbax":
         from crystallm_jax.convert.orbax_params import write_params  # noqa: PLC0415  JAX, for these folders alone
 
@@ -164,35 +161,14 @@ def _write_params(
         write_tensors(folder / WEIGHTS_FILE, stored)
 
 
-def _numpy_type(dtype: FloatType) -> np.dtype[Any]:
-    if dtype == "bfloat16":
-        import ml_dtypes  # noqa: PLC0415  NumPy has no such type of its own
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype)
-
-
-def nested(named: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays by name as nested dicts."""
-    tree: dict[str, Any] = {}
-    for name, value in named.items():
-        *before, last = name.split(".")
-        inner = tree
-        for part in before:
-            inner = inner.setdefault(part, {})
-        inner[last] = value
-    return tree
-
-
 def _write_training(folder: Path, training: Training, config: ModelConfig) -> None:
     state: dict[str, Any] = {"step": training.step, "settings": training.settings}
     if training.best_val_loss is not None and math.isfinite(training.best_val_loss):
         state["best_val_loss"] = training.best_val_loss
     if training.moments is not None:
         state["updates"] = training.moments.updates
-        trees = {"first": training.moments.first, "second": training.moments.second}
-        tensors = dict(_prefixed(trees, config))
-        write_tensors(folder / MOMENTS_FILE, tensors)
+        trees = dict(zip(_MOMENTS, (training.moments.first, training.moments.second), strict=True))
+        write_tensors(folder / MOMENTS_FILE, dict(_prefixed(trees, config)))
     (folder / TRAINING_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
@@ -217,25 +193,33 @@ def _check_vocabulary(path: Path, config: ModelConfig) -> None:
         raise ModelError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(tokens, list) or len(tokens) != config.vocab_size:
         raise ModelError(f"{file}: not a list of the {config.vocab_size} tokens that {CONFIG_FILE} asks for")
-    differing = next(
-        (i for i, pair in enumerate(zip(tokens, TOKENS, strict=False)) if pair[0] != pair[1]), None
-    )
-    if differing is not None:
-        raise ModelError(
-            f"{file}: its token {differing} is {tokens[differing]!r}, this package's is {TOKENS[differing]!r}: the"
-            " model speaks another dialect"
-        )
+    check_tokens(tokens, place=str(file))
 
 
 def _training(path: Path) -> Training | None:
-    file = path / TRAINING_FILE
-    if not file.is_file():
+    if not (path / TRAINING_FILE).is_file():
         return None
+    with _saved_training(path) as saved:
+        step, best, settings = saved["step"], saved.get("best_val_loss"), dict(saved.get("settings") or {})
+        best = None if best is None else float(best)
+    return Training(read_count(step, f"{path / TRAINING_FILE}: its step"), best, settings)
+
+
+def _updates(path: Path, training: Training) -> int:
+    with _saved_training(path) as saved:
+        updates = saved.get("updates", training.step)
+    return read_count(updates, f"{path / TRAINING_FILE}: its count of updates")
+
+
+@contextmanager
+def _saved_training(path: Path) -> Iterator[Any]:
+    """What the file says of the training; what goes wrong with it inside the block is the file's fault.
+
+    Raises:
+        ModelError: it cannot be read, or says something else.
+    """
+    file = path / TRAINING_FILE
     try:
-        saved = json.loads(file.read_bytes())
-        best = saved.get("best_val_loss")
-        return Training(
-            int(saved["step"]), None if best is None else float(best), dict(saved.get("settings") or {})
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        yield json.loads(file.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None

@@ -121,7 +121,8 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
         saved = read_json(place)
         model, added = saved.get("model"), saved.get("added_tokens")
         table = model.get("vocab") if isinstance(model, Mapping) else None
-        extra = {entry.get("content"): entry.get("id") for entry in added or () if isinstance(entry, Mapping)}
+        listed = added if isinstance(added, list) else []
+        extra = {str(entry.get("content")): entry.get("id") for entry in listed if isinstance(entry, Mapping)}
     else:
         files = [folder / name for name in VOCABULARY_FILES if (folder / name).is_file()]
         if not files:

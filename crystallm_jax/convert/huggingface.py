@@ -8,7 +8,6 @@ read back as it was.
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS, UNK_TOKEN
-from crystallm_jax.convert.arrange import named_arrays
-from crystallm_jax.convert.folder import FloatType, nested
+from crystallm_jax.convert.arrange import FLOATS, named_arrays, nested
+from crystallm_jax.convert.folder import FloatType
 from crystallm_jax.convert.hf_tokenizer import read_json, read_vocabulary, rows_of_tokens, tokenizer_files
 from crystallm_jax.convert.names import ParameterEntry, parameter_table
+from crystallm_jax.convert.new_folder import new_folder
 from crystallm_jax.convert.tensors import read_tensors, write_tensors
 from crystallm_jax.convert.torch_file import read_torch_file
 from crystallm_jax.convert.weights import Weights
@@ -60,7 +60,6 @@ _ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 # CrystaLLM-π's vocabularies: how many tokens, and which begins its texts. It keeps its tokenizer beside its program.
 _PI = ((376, 372), (377, 372))
 
@@ -118,12 +117,7 @@ def write_huggingface(path: str | Path, weights: Weights, *, card: str, dtype: F
         GENERATION_FILE: {**_token_ids(), "max_length": config.block_size},
         **tokenizer_files(config.block_size),
     }
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ModelError(f"{path}: is there already: give another name, or remove it")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with new_folder(path) as partial:
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (partial / README_FILE).write_text(_readme(card, config.block_size), "utf-8")
@@ -133,11 +127,6 @@ def write_huggingface(path: str | Path, weights: Weights, *, card: str, dtype: F
             dict(_tensors_of(weights, dtype, place=str(path))),
             metadata={"format": "pt"},
         )
-        partial.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config_of(config: ModelConfig, dtype: FloatType) -> dict[str, Any]:
@@ -186,8 +175,6 @@ def _readme(card: str, block_size: int) -> str:
 
 def _tensors_of(weights: Weights, dtype: FloatType, *, place: str) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors under their names in `transformers`; zeros for biases that the model does not have."""
-    if dtype == "bfloat16":
-        import ml_dtypes  # noqa: F401, PLC0415  NumPy knows the type by its name once this is loaded
     named = named_arrays(weights.params, weights.config)
     for name, entry in _table(weights.config).items():
         value = named.get(".".join(entry.path), np.zeros(entry.shape))
@@ -268,7 +255,7 @@ def _shape_in(settings: Mapping[str, Any], place: str) -> ModelConfig:
             dropout=float(residual),
             attention_dropout=None if attention == residual else float(attention),
         )
-    except (ConfigError, TypeError, ValueError) as error:
+    except (ConfigError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{place}: cannot be used: {error}") from None
 
 
@@ -310,11 +297,12 @@ def _arranged(
             raise ModelError(
                 f"{place}: tensor {name} has shape {value.shape}; {CONFIG_FILE} asks for {entry.shape}"
             )
-        if value.dtype.name not in _FLOATS:
+        if value.dtype.name not in FLOATS:
             raise ModelError(
                 f"{place}: tensor {name} is of {value.dtype}; only floating-point numbers are known"
             )
-        value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
+        with np.errstate(over="ignore"):  # said below, in one line
+            value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
         if not np.isfinite(value).all():
             raise ModelError(f"{place}: tensor {name} holds numbers that are not finite: get another copy")
         named[".".join(entry.path)] = value

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.names import optimizer_order, params_from_tensors, published_arrays
+from crystallm_jax.convert.arrange import params_from_tensors, published_arrays
+from crystallm_jax.convert.names import optimizer_order
 from crystallm_jax.convert.torch_file import StoredTensor
 from crystallm_jax.convert.weights import Moments
 from crystallm_jax.errors import ModelError

@@ -4,13 +4,8 @@ Published linear weights are stored as [out, in]; ours as [in, out]. The output 
 second name.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from crystallm_jax.convert.torch_file import StoredTensor, stored_bytes
-from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig
 
 
@@ -89,65 +84,3 @@ def optimizer_order(config: ModelConfig) -> OptimizerOrder:
         tuple(name for name, entry in table if entry.transposed),
         tuple(name for name, entry in table if not entry.transposed),
     )
-
-
-def params_from_tensors(
-    tensors: Mapping[str, Any], config: ModelConfig, *, place: str, role: str = "tensor"
-) -> dict[str, Any]:
-    """Read tensors under their published names into nested float32 arrays like the parameters of `GPT`.
-
-    Every one is checked before the first is read; what is read takes the memory of what is returned, and of one tensor
-    more.
-
-    Args:
-        tensors: `StoredTensor`s, those of the configuration and no others.
-        config: the shape of the model.
-        place: the file, for messages.
-        role: what the tensors are, for messages.
-
-    Raises:
-        ModelError: one is missing, left over, of another shape or type, or has numbers that are not finite.
-    """
-    table = parameter_table(config)
-    for name, entry in table.items():
-        _check_tensor(tensors.get(name), entry, f"{place}: {role} {name}")
-    if left := sorted(tensors.keys() - table.keys()):
-        raise ModelError(f"{place}: {role}s that no parameter takes: {', '.join(left[:5])}")
-    if sum(tensor.nbytes for tensor in tensors.values()) > stored_bytes(tensors.values()):
-        raise ModelError(f"{place}: {role}s of different names share their numbers: get another copy")
-    params: dict[str, Any] = {}
-    for name, entry in table.items():
-        values = tensors[name].read()
-        # Published numbers may be of a wider type.
-        with np.errstate(over="ignore"):
-            value = np.array(values.T if entry.transposed else values, np.float32, order="C")
-        if not np.isfinite(value).all():
-            raise ModelError(f"{place}: {role} {name} has numbers that are not finite: get another copy")
-        inner = params
-        for part in entry.path[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[entry.path[-1]] = value.reshape(entry.held)
-    return params
-
-
-def published_arrays(params: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Nested arrays like the parameters of `GPT` under their published names: views in their published shapes."""
-    for name, entry in parameter_table(config).items():
-        value: Any = params
-        for part in entry.path:
-            value = value[part]
-        value = np.asarray(value).reshape(entry.shape)
-        yield name, value.T if entry.transposed else value
-
-
-def _check_tensor(tensor: Any, entry: ParameterEntry, what: str) -> None:
-    if tensor is None:
-        raise ModelError(f"{what} is missing")
-    if not isinstance(tensor, StoredTensor):
-        raise ModelError(f"{what} is no tensor")
-    if tensor.shape != entry.published_shape:
-        raise ModelError(
-            f"{what} has shape {tensor.shape}; the configuration asks for {entry.published_shape}"
-        )
-    if tensor.dtype.kind != "f":
-        raise ModelError(f"{what} is of {tensor.dtype}: only floating-point numbers are known")

@@ -18,8 +18,8 @@ embeddings are float16 beside it, for they lose most in int8 and are a small par
     kernel = (file["h_0.mlp.c_fc.kernel"].astype(np.uint32) << 16).view(np.float32)         # bfloat16
     kernel = file["h_0.mlp.c_fc.kernel"] * file["h_0.mlp.c_fc.kernel.int8_scale"]           # int8
 
-The members are not compressed: that would take 7 % off float32 and a fifth off bfloat16, and cost a second for each
-ten million parameters. A compressed file is read all the same.
+The members are not compressed: that would take 7 % off float32 and a fifth off bfloat16, and cost more than a
+second for ten million parameters. A compressed file is read all the same.
 """
 
 import json
@@ -37,6 +37,7 @@ import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.convert.arrange import named_arrays, params_from_named
+from crystallm_jax.convert.new_folder import new_file
 from crystallm_jax.convert.published import parameter_table
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ConfigError, ModelError
@@ -114,18 +115,10 @@ def write_npz(path: str | Path, weights: Weights, *, dtype: Storage = "float32")
                 f"{path}: tensor {name} holds numbers beyond the range of {dtype}: choose float32"
             )
         arrays |= stored
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(partial, "w") as archive:
-            for name, value in arrays.items():
-                with archive.open(name + _MEMBER, "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, value, allow_pickle=False)
-        partial.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for name, value in arrays.items():
+            with archive.open(name + _MEMBER, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, value, allow_pickle=False)
 
 
 def read_npz(path: str | Path) -> Weights:

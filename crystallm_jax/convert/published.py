@@ -4,18 +4,15 @@ Such a checkpoint is a dictionary of `model`, `optimizer`, `model_args`, `iter_n
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from crystallm_jax.convert.arrange import params_from_tensors, published_arrays
 from crystallm_jax.convert.moments import optimizer_state, read_count, read_moments
-from crystallm_jax.convert.names import (
-    ParameterEntry,
-    parameter_table,
-    params_from_tensors,
-    published_arrays,
-)
+from crystallm_jax.convert.names import ParameterEntry, parameter_table
 from crystallm_jax.convert.torch_file import StoredTensor, open_torch_file
 from crystallm_jax.convert.torch_write import write_torch_file
 from crystallm_jax.convert.weights import Training, Weights
@@ -36,6 +33,7 @@ _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 # The validation loss of the published code before it has one; without validation it saves 0.
 _NO_LOSS = 1e9
+_OPTIMIZER_SETTINGS = ("learning_rate", "beta1", "beta2", "weight_decay")
 
 PUBLISHED_DEFAULTS: Mapping[str, Any] = {
     "out_dir": "out",
@@ -118,6 +116,12 @@ def write_published(path: str | Path, weights: Weights) -> None:
     shape = {name: value for name, value in model_args.items() if name in PUBLISHED_DEFAULTS}
     given = {name: training.settings[name] for name in PUBLISHED_DEFAULTS if name in training.settings}
     settings = {**PUBLISHED_DEFAULTS, **given, **shape}
+    for name in _OPTIMIZER_SETTINGS:
+        value = settings[name]
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise ModelError(
+                f"{path}: {name}={value!r} in the model's settings is no number: mend its source"
+            )
     model = dict(published_arrays(weights.params, config))
     best = _NO_LOSS if training.best_val_loss is None else float(training.best_val_loss)
     write_torch_file(

@@ -1,11 +1,15 @@
 """Where a model of some name lies on this machine: fetched, and converted once, where it does not."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from crystallm_jax.artifacts import cache_folder, checkpoint_of, converted_folder, fetch, model_archives
+from crystallm_jax.artifacts.table import RECORD
 from crystallm_jax.convert.card import ModelCard
-from crystallm_jax.convert.folder import is_folder, write_folder
+from crystallm_jax.convert.detect import kind_of_folder
+from crystallm_jax.convert.folder import WEIGHTS_FILE, is_folder, write_folder
 from crystallm_jax.convert.hub import fetch_hub
 from crystallm_jax.convert.published import read_published
 from crystallm_jax.convert.weights import Weights
@@ -15,7 +19,6 @@ DEFAULT_NAME = "default"
 """The name of the model in the package."""
 DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / DEFAULT_NAME
 HUB_PREFIX = "hf:"
-_ARCHIVE_ENDING = ".tar.gz"
 
 
 def is_name(text: str) -> bool:
@@ -27,20 +30,35 @@ def is_name(text: str) -> bool:
     )
 
 
+def bare_name(text: str) -> str:
+    """The name of a model as it is; of a path its last part: where it lay is of no use elsewhere."""
+    return text if is_name(text) else Path(text).name
+
+
 def locate(path_or_name: str | Path) -> Path:
     """Where a model lies; one that is named is downloaded, and a published one converted, the first time.
+
+    Of parameters that lie in a model folder it is the folder.
 
     Raises:
         CrystallmError: it cannot be had.
     """
     text = str(path_or_name)
     if not is_name(text):
-        return Path(path_or_name)
+        return _parameters_folder(Path(path_or_name))
     if text == DEFAULT_NAME:
         return DEFAULT_MODEL
     if text.startswith(HUB_PREFIX):
         return fetch_hub(text.removeprefix(HUB_PREFIX))
     return _published_model(text)
+
+
+def _parameters_folder(path: Path) -> Path:
+    try:
+        alone = not path.is_file() or path.name != WEIGHTS_FILE or kind_of_folder(path.parent) == "none"
+    except OSError as error:  # a name that no file can have, or a folder that may not be looked into
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    return path if alone else path.parent
 
 
 def _published_model(name: str) -> Path:
@@ -52,14 +70,13 @@ def _published_model(name: str) -> Path:
     card = ModelCard(
         license="cc-by-4.0",
         data=f"{name} of CrystaLLM (L. M. Antunes, K. T. Butler, R. Grau-Crespo, Nat. Commun. 15, 10570, 2024),"
-        " https://zenodo.org/records/10642388, converted",
+        f" {RECORD}, converted",
     )
     # Two processes that convert it at once write a folder each; the first to end is kept.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as temporary:
-        write_folder(Path(temporary) / name, weights, card=card)
+    with _scratch(folder.parent, f".{name}.") as temporary:
+        write_folder(temporary / name, weights, card=card)
         try:
-            (Path(temporary) / name).replace(folder)
+            (temporary / name).replace(folder)
         except OSError as error:
             if not is_folder(folder):
                 raise ModelError(f"{folder}: cannot be written: {error.strerror}") from None
@@ -73,6 +90,24 @@ def read_archive(archive: Path) -> Weights:
         CrystallmError: there is none in it, or it is damaged.
     """
     # Some gigabytes, for which the system's folder of temporary files, often in memory, may be too small.
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-        return read_published(checkpoint_of(archive, Path(temporary) / "ckpt.pt"))
+    with _scratch(cache_folder(), ".unpacked.") as temporary:
+        return read_published(checkpoint_of(archive, temporary / "ckpt.pt"))
+
+
+@contextmanager
+def _scratch(folder: Path, prefix: str) -> Iterator[Path]:
+    """A folder in the cache that is removed again.
+
+    Raises:
+        ModelError: there can be none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=prefix)
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}; set CRYSTALLM_CACHE to a folder that"
+            " can be used"
+        ) from None
+    with temporary as name:
+        yield Path(name)

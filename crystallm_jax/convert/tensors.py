@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name once this is loaded
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -28,9 +29,16 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 def write_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a file, readable for whom the folder's new files are."""
+    """Write tensors to a file, readable for whom the folder's new files are.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     # The library makes files that their owner alone can read: a folder that others share would be of no use to them.
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # a full disk, for instance
+        raise OSError(str(error)) from None
     path.chmod(mode)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.errors import ModelError
+from crystallm_jax.convert.new_folder import new_file
 
 # Of the members' beginnings, as torch.save has it, so that they can be mapped into memory.
 _ALIGNMENT = 64
@@ -37,22 +37,15 @@ def write_torch_file(path: str | Path, value: Any) -> None:
         TypeError: there is something else in it.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
     arrays: dict[int, tuple[int, np.ndarray]] = {}
     description = b"\x80\x02" + b"".join(_opcodes(value, arrays)) + b"."
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            _write_member(archive, "data.pkl", description)
-            _write_member(archive, "byteorder", b"little")
-            for key, array in arrays.values():
-                numbers = np.ascontiguousarray(array, "<f4")
-                _write_member(archive, f"data/{key}", numbers.reshape(-1).view(np.uint8).data)
-            _write_member(archive, "version", b"3\n")
-        partial.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        _write_member(archive, "data.pkl", description)
+        _write_member(archive, "byteorder", b"little")
+        for key, array in arrays.values():
+            numbers = np.ascontiguousarray(array, "<f4")
+            _write_member(archive, f"data/{key}", numbers.reshape(-1).view(np.uint8).data)
+        _write_member(archive, "version", b"3\n")
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:

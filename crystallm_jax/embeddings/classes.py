@@ -6,20 +6,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from crystallm_jax.cif import ELEMENTS, SPACEGROUPS
+from crystallm_jax.cif.spacegroups import crystal_system
 from crystallm_jax.cif.vocabulary import SPACEGROUP_SUFFIX
 from crystallm_jax.embeddings.vectors import DrawnKind
 
 _NOBLE_GASES = (0, 2, 10, 18, 36, 54, 86, 118)
 _F_BLOCK = 14
-_LAST_NUMBERS = {
-    "triclinic": 2,
-    "monoclinic": 15,
-    "orthorhombic": 74,
-    "tetragonal": 142,
-    "trigonal": 167,
-    "hexagonal": 194,
-    "cubic": 230,
-}
 _SERIES = {6: "lanthanides", 7: "actinides"}
 # By atomic number from 1 to 94.
 # fmt: off
@@ -100,11 +92,6 @@ def periodic_place(number: int) -> Place:
     if before_end < 16:
         return Place(period, "d", 18 - before_end)
     return Place(period, "f", None)
-
-
-def crystal_system(number: int) -> str:
-    """The crystal system of a space group of the International Tables."""
-    return next(name for name, last in _LAST_NUMBERS.items() if number <= last)
 
 
 def facts_of(token: str, kind: DrawnKind) -> TokenFacts:

@@ -112,7 +112,7 @@ def vectors_of(model: HasParams, kind: Kind, *, place: str = "the model") -> Emb
     Raises:
         ModelError: the table is not one of the 371 tokens, or holds what is no number.
     """
-    table = np.asarray(np.asarray(model.params["wte"]["embedding"]), np.float64)
+    table = np.asarray(model.params["wte"]["embedding"], np.float64)
     if len(table) != len(TOKENS):
         raise ModelError(
             f"{place}: its vocabulary has {len(table)} tokens, this package's {len(TOKENS)}: which row belongs to"

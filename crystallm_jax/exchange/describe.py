@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from crystallm_jax.convert.arrange import flattened
-from crystallm_jax.convert.card import ModelCard, damage_of, read_card
+from crystallm_jax.convert.card import ModelCard, damage_of
 from crystallm_jax.convert.detect import kind_of_file, kind_of_folder
 from crystallm_jax.convert.folder import MOMENTS_FILE
 from crystallm_jax.errors import CrystallmError
+from crystallm_jax.exchange.provenance import card_of
 from crystallm_jax.training.load import load_weights
+from crystallm_jax.training.runfolder import is_checkpoint
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class ModelDescription:
 
     Attributes:
         path: of the file or folder.
-        kind: as `convert.detect` has it.
+        kind: as `convert.detect` has it, or `checkpoint`, one of a run's.
         config: the shape; empty where the model cannot be read.
         parameters: how many, the tied head counted once.
         step: optimiser steps taken; None where it is not known.
@@ -59,14 +61,13 @@ def describe_model(path: Path, *, verify: bool = True) -> ModelDescription:
 
     Args:
         path: a file or folder that holds one.
-        verify: whether to compare the hashes of all files that the card names.
+        verify: whether to compare the hashes of all files that the card names; those of the parameters are compared
+            whenever they are read.
     """
     problems: list[str] = []
     card = ModelCard()
-    kind = kind_of_file(path) if path.is_file() else kind_of_folder(path)
     try:
-        if kind == "folder":
-            card = read_card(path)
+        card = card_of(path)
         if verify:
             problems += [damage for name in card.files if (damage := damage_of(path, card, name))]
     except CrystallmError as error:
@@ -88,7 +89,7 @@ def describe_model(path: Path, *, verify: bool = True) -> ModelDescription:
             problems.append(str(error))
     return ModelDescription(
         path=str(path),
-        kind=kind,
+        kind=_kind(path),
         keeps_moments=(path / MOMENTS_FILE).is_file(),
         license=card.license,
         data=card.data,
@@ -100,3 +101,9 @@ def describe_model(path: Path, *, verify: bool = True) -> ModelDescription:
         problems=tuple(problems),
         **known,
     )
+
+
+def _kind(path: Path) -> str:
+    if is_checkpoint(path):
+        return "checkpoint"
+    return kind_of_file(path) if path.is_file() else kind_of_folder(path)

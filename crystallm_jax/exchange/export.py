@@ -7,6 +7,8 @@ from typing import Literal
 from crystallm_jax.convert.card import ModelCard
 from crystallm_jax.convert.folder import FloatType, Storage, write_folder
 from crystallm_jax.convert.huggingface import write_huggingface
+from crystallm_jax.convert.new_folder import check_new
+from crystallm_jax.convert.npz import Storage as StoredType
 from crystallm_jax.convert.npz import write_npz
 from crystallm_jax.convert.published import write_published
 from crystallm_jax.convert.weights import Weights
@@ -15,13 +17,12 @@ from crystallm_jax.training.load import keeps_average, load_weights
 from crystallm_jax.training.moments import load_training
 
 Format = Literal["folder", "published", "numpy", "huggingface"]
-DType = Literal["float32", "float16", "bfloat16", "int8"]
 _BY_SUFFIX: dict[str, Format] = {".pt": "published", ".pth": "published", ".npz": "numpy"}
 
 
 def format_of(target: Path) -> Format:
     """The format that a name asks for: `.pt` a published checkpoint, `.npz` NumPy's, any other a model folder."""
-    return _BY_SUFFIX.get(target.suffix, "folder")
+    return _BY_SUFFIX.get(target.suffix.lower(), "folder")
 
 
 def gathered(source: Path, *, form: Format, weights_only: bool) -> Weights:
@@ -44,7 +45,7 @@ def export(
     *,
     form: Format,
     card: ModelCard,
-    dtype: DType = "float32",
+    dtype: StoredType = "float32",
     storage: Storage = "safetensors",
 ) -> None:
     """Write a model; what is written appears under its name when it is complete.
@@ -60,18 +61,15 @@ def export(
     Raises:
         ModelError: the target is there already, cannot be written, or its format has no such `dtype`.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ModelError(f"{target}: is there already: give another name, or remove it")
+    check_new(target)
     if form == "numpy":
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_npz(target, weights, dtype=dtype)
         return
-    float_type = _float_type(dtype, form)
+    float_type = _float_type(dtype, target)
     match form:
         case "published":
             if float_type != "float32":
-                raise ModelError(f"--dtype {dtype}: published checkpoints hold float32 alone")
-            target.parent.mkdir(parents=True, exist_ok=True)
+                raise ModelError(f"{target}: dtype={dtype}: published checkpoints hold float32 alone")
             write_published(target, weights)
         case "huggingface":
             write_huggingface(target, weights, card=replace(card, files={}).to_markdown(), dtype=float_type)
@@ -79,7 +77,7 @@ def export(
             write_folder(target, weights, card=replace(card, files={}), dtype=float_type, storage=storage)
 
 
-def _float_type(dtype: DType, form: Format) -> FloatType:
+def _float_type(dtype: StoredType, target: Path) -> FloatType:
     if dtype == "int8":
-        raise ModelError(f"--dtype int8: only NumPy files (.npz) hold it, not the format {form!r}")
+        raise ModelError(f"{target}: dtype=int8: only NumPy files (.npz) hold it")
     return dtype

@@ -8,6 +8,7 @@ from pathlib import Path
 from crystallm_jax.config import load_config
 from crystallm_jax.convert.card import ModelCard, read_card
 from crystallm_jax.convert.detect import kind_of_folder
+from crystallm_jax.convert.sources import bare_name
 from crystallm_jax.data.store import read_header
 from crystallm_jax.errors import CrystallmError, DataError
 from crystallm_jax.training.config import TrainConfig
@@ -66,7 +67,7 @@ def training_command(config: TrainConfig) -> str:
         if field.name in _OF_THE_MACHINE or value == defaults[field.name]:
             continue
         if field.name in ("dataset", "init_from"):
-            value = Path(value).name
+            value = bare_name(value)
         text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         parts.append(f"{field.name}={text}")
     return shlex.join(parts)

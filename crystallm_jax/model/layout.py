@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 STACKED = "h"
 
@@ -22,8 +23,13 @@ def stacked(params: dict[str, Any], n_layer: int) -> dict[str, Any]:
     rest = {name: value for name, value in params.items() if name not in names}
     return {
         **rest,
-        STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names)),
+        STACKED: jax.tree.map(_stack, *(params[name] for name in names)),
     }
+
+
+def _stack(*leaves: Any) -> Any:
+    # What lies on the host stays there: one device need not hold what is to be sharded over many.
+    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
 
 
 def unstacked(params: dict[str, Any]) -> dict[str, Any]:

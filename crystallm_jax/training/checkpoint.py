@@ -223,8 +223,8 @@ class Checkpoints:
         else:
             damage = self._found[steps[0]]
             raise ModelError(
-                f"{self.folder / str(steps[0])}: damaged: {damage};"
-                + (" no other is intact either: begin anew in another out_dir" if step is None else "")
+                f"{self.folder / str(steps[0])}: damaged: {damage}; "
+                + ("no other is intact either: begin anew in another out_dir" if step is None else "take another")
             )
         passed = {number: found for number, found in self._found.items() if found and number > candidate}
         if step is None and len(passed) > told:

@@ -14,13 +14,13 @@ from crystallm_jax.convert.folder import WEIGHTS_FILE, read_folder
 from crystallm_jax.convert.huggingface import read_huggingface
 from crystallm_jax.convert.npz import read_npz
 from crystallm_jax.convert.published import read_published
+from crystallm_jax.convert.sources import DEFAULT_NAME, locate, read_archive
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
-from crystallm_jax.convert.sources import DEFAULT_NAME, locate, read_archive
+from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE, is_checkpoint
 
 
 def load_weights(path_or_name: str | Path) -> Weights:
@@ -30,16 +30,13 @@ def load_weights(path_or_name: str | Path) -> Weights:
         CrystallmError: nothing of the kind is there, or it is damaged.
     """
     path = locate(path_or_name)
-    try:
-        if path.is_file():
-            return _read_file(path)
-        match kind_of_folder(path):
-            case "folder":
-                return read_folder(path)
-            case "huggingface":
-                return read_huggingface(path)
-    except PermissionError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    if path.is_file():
+        return _read_file(path)
+    match kind_of_folder(path):
+        case "folder":
+            return read_folder(path)
+        case "huggingface":
+            return read_huggingface(path)
     run, step = run_of(path)
     return read_run(run, step)
 
@@ -51,11 +48,9 @@ def _read_file(path: Path) -> Weights:
         case "archive":
             return read_archive(path)
         case "safetensors":
-            if kind_of_folder(path.parent) == "none":
-                raise ModelError(
-                    f"{path}: parameters alone: give the folder that holds them with their {CONFIG_FILE}"
-                )
-            return load_weights(path.parent)
+            raise ModelError(
+                f"{path}: tensors alone: give the folder that holds them with their {CONFIG_FILE}"
+            )
     return read_published(path)
 
 
@@ -74,12 +69,12 @@ def run_of(path: Path) -> RunPath:
     """
     if (path / CHECKPOINTS_FOLDER).is_dir():
         return RunPath(path, None)
-    if path.parent.name == CHECKPOINTS_FOLDER and path.name.isdecimal() and path.is_dir():
+    if is_checkpoint(path):
         return RunPath(path.parents[1], int(path.name))
     raise ModelError(
         f"{path}: no model there; expected a file (ckpt.pt, model.npz), a folder with {WEIGHTS_FILE}, a run folder"
-        f" with {CHECKPOINTS_FOLDER}/, or a name: {DEFAULT_NAME}, hf:OWNER/NAME, or one that `crystallm download --list`"
-        f" shows{_hint(path)}"
+        f" with {CHECKPOINTS_FOLDER}/, or a name: {DEFAULT_NAME}, hf:OWNER/NAME, or one that"
+        f" `crystallm download --list` shows{_hint(path)}"
     )
 
 
@@ -100,7 +95,7 @@ def crop_block_size(weights: Weights, block_size: int, *, place: str) -> Weights
             " positions that it never learned"
         )
     table = weights.params["wpe"]["embedding"][:block_size]
-    config = ModelConfig(**{**vars(weights.config), "block_size": block_size})
+    config = replace(weights.config, block_size=block_size)
     return Weights(config, {**weights.params, "wpe": {"embedding": table}})
 
 
@@ -122,7 +117,8 @@ def read_run(path: Path, step: int | None = None) -> Weights:
         root = "ema" if _is_averaged(description) else "params"
         saved = checkpoints.read(lambda names: names[0] == root, step)
     place = str(checkpoints.folder / str(saved.step))
-    return Weights(config, params_from_named(flattened(saved.arrays[root]), config, place=place))
+    named = flattened(saved.arrays.get(root, {}))
+    return Weights(config, params_from_named(named, config, place=place))
 
 
 def keeps_average(path: Path) -> bool:

@@ -13,6 +13,7 @@ from crystallm_jax.convert.arrange import flattened, params_from_named
 from crystallm_jax.convert.detect import kind_of_file, kind_of_folder
 from crystallm_jax.convert.folder import read_folder_training
 from crystallm_jax.convert.published import read_published_training
+from crystallm_jax.convert.sources import bare_name, locate
 from crystallm_jax.convert.weights import Moments, Training, Tree, Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.layout import stacked
@@ -20,12 +21,11 @@ from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import crop_block_size, load_weights, run_model_config, run_of
 from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER
-from crystallm_jax.convert.sources import locate
 from crystallm_jax.training.step import CompiledSteps, TrainState
 
 # Where optax's Adam keeps its state in the optimiser's: what has moments comes first.
 _ADAM = ("opt_state", "0")
-# Settings that are places on the machine that trained, which are of no use elsewhere but for their last part.
+# Settings that are places on the machine that trained.
 _PATHS = ("out_dir", "dataset", "init_from")
 _WANTED = ("params", "opt_state")
 
@@ -89,7 +89,7 @@ def training_of_run(path: Path, step: int | None = None) -> Weights:
         raise ModelError(f"{place}: lacks {error} of the optimiser's state") from None
     moments = Moments(updates, arranged(first, "first moments"), arranged(second, "second moments"))
     settings = {
-        key: Path(value).name if key in _PATHS else value
+        key: bare_name(value) if key in _PATHS else value
         for key, value in saved.description.get("train", {}).items()
     }
     best = saved.description.get("patience", {}).get("best")

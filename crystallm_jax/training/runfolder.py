@@ -78,6 +78,11 @@ class RunDescription:
     checkpoints: tuple[int, ...]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is one of a run's checkpoints."""
+    return path.parent.name == CHECKPOINTS_FOLDER and path.name.isdecimal() and path.is_dir()
+
+
 def is_run(folder: Path) -> bool:
     """Whether this is a folder that `crystallm train` wrote to."""
     parts = (METRICS_FILE, CHECKPOINTS_FOLDER)
