@@ -165,8 +165,7 @@ def test_files_of_a_user_that_are_called_partial_are_kept(model: Path, tmp_path:
     names = ["ckpt.pt", "mine", "model.npz"]
     for name in names:
         assert main(["convert", str(model), str(tmp_path / name)]) == 0
-    names = sorted([*names, *(f"{name}.partial" for name in names)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert {path.name for path in tmp_path.iterdir()} == {*names, *(f"{name}.partial" for name in names)}
 
 
 @pytest.mark.parametrize("name", ["CKPT.PT", "model.NPZ"])
@@ -180,9 +179,8 @@ def test_endings_are_told_in_capitals_too(name: str, model: Path, tmp_path: Path
     [
         ("1000000000", "too few for the 1000000000 layers"),
         ("-1", "config.yaml: n_layer=-1"),
-        ("[" * 50_000, "config.yaml: cannot be read as YAML: it is nested too deep"),
+        ("[" * 5_000, "config.yaml: cannot be read as YAML: it is nested too deep"),
     ],
-    ids=["many", "negative", "deep"],
 )
 def test_a_shape_that_cannot_be_is_told_at_once(
     layers: str, message: str, model: Path, tmp_path: Path

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,3 +244,20 @@ def test_a_shorter_context_keeps_the_logits_and_a_longer_one_is_refused(params: 
     whole = GPT(BIASED).apply({"params": params}, tokens)
     np.testing.assert_array_equal(GPT(cropped.config).apply({"params": cropped.params}, tokens), whole)
     _refused(lambda: crop_block_size(Weights(BIASED, params), 7, place="here"), "here", "block_size=7")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", CARD_FILE])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)  # this vocabulary is not the package's
+    os.mkfifo(folder / name)
+    _refused(lambda: load_weights(folder), name, "no plain file")
+
+
+def test_checkpoints_that_cannot_be_listed_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager", refuse)
+    _refused(lambda: Checkpoints(tmp_path / "checkpoints"), str(tmp_path / "checkpoints"), "cannot be used")

@@ -12,8 +12,8 @@ import pytest
 
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.convert.arrange import named_arrays
+from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.convert.npz import packed, read_npz, unpacked, write_npz
-from crystallm_jax.convert.published import parameter_table
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig

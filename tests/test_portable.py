@@ -13,7 +13,8 @@ import pytest
 
 import crystallm_jax as cl
 from crystallm_jax.convert.folder import read_folder
-from crystallm_jax.convert.published import parameter_table, read_published
+from crystallm_jax.convert.names import parameter_table
+from crystallm_jax.convert.published import read_published
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
 from crystallm_jax.portable.network import Network, prepare, whole_logits

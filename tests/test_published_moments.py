@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +155,19 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: 
     with pytest.raises(ModelError, match=r"ckpt\.pt: cannot be written"):
         write_published(tmp_path / "ckpt.pt", _random_weights(DEEP))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt.pt", "file"]
+
+
+def test_an_archive_keeps_the_moments_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRYSTALLM_CACHE", str(tmp_path / "cache"))
+    weights = _random_weights(DEEP)
+    write_published(tmp_path / "ckpt.pt", weights)
+    with tarfile.open(tmp_path / "small.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "ckpt.pt", "small/ckpt.pt")
+    assert (
+        load_training(tmp_path / "small.tar.gz").training.moments.updates == weights.training.moments.updates
+    )
 
 
 @pytest.mark.parametrize("rate", ["fast", None, float("nan"), 10**400])

@@ -255,9 +255,8 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished: Left,
     assert interrupted.config == uninterrupted.config
     jax.tree.map(np.testing.assert_array_equal, interrupted.params, uninterrupted.params)
     config = load_config(TrainConfig, finished.out_dir / "config.yaml")
-    assert config == dataclasses.replace(
-        TINY, dataset=config.dataset, out_dir=str(finished.out_dir), init_from="resume"
-    )
+    # It says what the run began from, not that it was resumed.
+    assert config == dataclasses.replace(TINY, dataset=config.dataset, out_dir=str(finished.out_dir))
 
 
 def test_forty_steps_with_a_kill_in_the_eighteenth_are_those_of_an_undisturbed_run(

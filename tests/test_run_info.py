@@ -169,6 +169,11 @@ def test_what_cannot_be_read_or_written_is_one_line(run: Path, capsys: pytest.Ca
     assert error.count("\n") == 1
 
 
+def test_what_may_not_be_looked_into_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "x" * 300]) == 1
+    assert capsys.readouterr().err.count("cannot be read: File name too long") == 1
+
+
 def test_a_prepared_folder_is_no_run(run: Path) -> None:
     (run / "train.bin").write_bytes(b"")
     assert not is_run(run)

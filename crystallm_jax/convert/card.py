@@ -83,6 +83,8 @@ def read_card(folder: Path) -> ModelCard:
         ModelError: its head is damaged.
     """
     path = folder / CARD_FILE
+    if path.exists() and not path.is_file():  # such as a pipe, which would be waited for
+        raise ModelError(f"{path}: cannot be read: no plain file")
     try:
         with path.open("rb") as file:
             # Git and editors may have made its line ends those of another system.

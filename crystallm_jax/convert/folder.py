@@ -185,10 +185,12 @@ def _check_hash(path: Path, card: ModelCard, name: str) -> None:
 
 def _check_vocabulary(path: Path, config: ModelConfig) -> None:
     file = path / VOCABULARY_FILE
+    if not file.exists():
+        return
+    if not file.is_file():  # such as a pipe, which would be waited for
+        raise ModelError(f"{file}: cannot be read: no plain file")
     try:
         tokens = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(tokens, list) or len(tokens) != config.vocab_size:

@@ -37,8 +37,9 @@ import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.convert.arrange import named_arrays, params_from_named
+from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.convert.new_folder import new_file
-from crystallm_jax.convert.published import parameter_table
+from crystallm_jax.convert.vocabulary import check_tokens
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
@@ -343,10 +344,4 @@ def _check_vocabulary(tokens: np.ndarray, config: ModelConfig, path: Path) -> No
         raise ModelError(
             f"{path}: its vocabulary is not a list of the {config.vocab_size} tokens of its configuration"
         )
-    pairs = enumerate(zip(tokens.tolist(), TOKENS, strict=False))
-    differing = next((i for i, (theirs, ours) in pairs if theirs != ours), None)
-    if differing is not None or len(tokens) != len(TOKENS):
-        number = differing if differing is not None else min(len(tokens), len(TOKENS))
-        raise ModelError(
-            f"{path}: its token {number} is not this package's: the model speaks another dialect"
-        )
+    check_tokens(tokens.tolist(), place=str(path))

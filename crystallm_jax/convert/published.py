@@ -12,20 +12,11 @@ from typing import Any
 
 from crystallm_jax.convert.arrange import params_from_tensors, published_arrays
 from crystallm_jax.convert.moments import optimizer_state, read_count, read_moments
-from crystallm_jax.convert.names import ParameterEntry, parameter_table
 from crystallm_jax.convert.torch_file import StoredTensor, open_torch_file
 from crystallm_jax.convert.torch_write import write_torch_file
 from crystallm_jax.convert.weights import Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
-
-__all__ = [
-    "ParameterEntry",
-    "parameter_table",
-    "read_published",
-    "read_published_training",
-    "write_published",
-]
 
 # What compiled models and those trained by several processes put before every name.
 _WRAPPERS = ("_orig_mod.", "module.")

@@ -1,7 +1,7 @@
 """Where a model of some name lies on this machine: fetched, and converted once, where it does not."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,15 +83,19 @@ def _published_model(name: str) -> Path:
     return folder
 
 
-def read_archive(archive: Path) -> Weights:
+def read_archive(archive: Path, read: Callable[[Path], Weights] = read_published) -> Weights:
     """Read a published model's archive: the `ckpt.pt` in it.
+
+    Args:
+        archive: the file.
+        read: how the checkpoint is read: without the optimiser's moments, or with them.
 
     Raises:
         CrystallmError: there is none in it, or it is damaged.
     """
     # Some gigabytes, for which the system's folder of temporary files, often in memory, may be too small.
     with _scratch(cache_folder(), ".unpacked.") as temporary:
-        return read_published(checkpoint_of(archive, temporary / "ckpt.pt"))
+        return read(checkpoint_of(archive, temporary / "ckpt.pt"))
 
 
 @contextmanager

@@ -67,7 +67,15 @@ class Checkpoints:
         self._found: dict[int, str | None] = {}
         self._best = _BestByLoss()
         self._saving = 0
-        self._manager = ocp.CheckpointManager(
+        try:
+            self._manager = self._made_manager(keep)
+        except OSError as error:
+            raise ModelError(f"{self.folder}: cannot be used: {error.strerror or error}") from None
+        if self._writes:
+            self._best.losses = self._losses()
+
+    def _made_manager(self, keep: int | None) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.folder,
             item_handlers={
                 _STATE: ocp.StandardCheckpointHandler(),
@@ -84,8 +92,6 @@ class Checkpoints:
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
             ),
         )
-        if self._writes:
-            self._best.losses = self._losses()
 
     def __enter__(self) -> Self:
         return self
@@ -224,7 +230,11 @@ class Checkpoints:
             damage = self._found[steps[0]]
             raise ModelError(
                 f"{self.folder / str(steps[0])}: damaged: {damage}; "
-                + ("no other is intact either: begin anew in another out_dir" if step is None else "take another")
+                + (
+                    "no other is intact either: begin anew in another out_dir"
+                    if step is None
+                    else "take another"
+                )
             )
         passed = {number: found for number, found in self._found.items() if found and number > candidate}
         if step is None and len(passed) > told:

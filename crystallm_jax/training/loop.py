@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from crystallm_jax.config import to_yaml
+from crystallm_jax.config import load_config, to_yaml
 from crystallm_jax.data.feed import Feed, open_feed
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError
@@ -155,9 +155,14 @@ def _made(out_dir: str) -> Iterator[Path]:
 
 
 def _write_config(out_dir: Path, config: TrainConfig) -> None:
-    # Which processes train is not of the run: another sitting may have others.
+    # Which processes train is not of the run: another sitting may have others. That it was resumed is not either.
     alone = dataclasses.replace(
-        config, coordinator_address=None, num_processes=None, process_id=None, local_device_ids=None
+        config,
+        init_from=_origin(out_dir / CONFIG_FILE, config),
+        coordinator_address=None,
+        num_processes=None,
+        process_id=None,
+        local_device_ids=None,
     )
     partial = out_dir / f"{CONFIG_FILE}.partial"
     try:
@@ -167,6 +172,17 @@ def _write_config(out_dir: Path, config: TrainConfig) -> None:
         raise ConfigError(
             f"{out_dir / CONFIG_FILE}: cannot be written: {error.strerror}; make room or choose another out_dir"
         ) from None
+
+
+def _origin(written: Path, config: TrainConfig) -> str:
+    """What the run began from, which a sitting that resumes it does not say."""
+    if config.init_from != "resume" or not written.is_file():
+        return config.init_from
+    try:
+        return load_config(TrainConfig, written).init_from
+    except ConfigError as error:
+        logger.warning("what the run began from is not known any more: %s", error)
+        return config.init_from
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from crystallm_jax.convert.arrange import flattened, params_from_named
 from crystallm_jax.convert.detect import kind_of_file, kind_of_folder
 from crystallm_jax.convert.folder import read_folder_training
 from crystallm_jax.convert.published import read_published_training
-from crystallm_jax.convert.sources import bare_name, locate
+from crystallm_jax.convert.sources import bare_name, locate, read_archive
 from crystallm_jax.convert.weights import Moments, Training, Tree, Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.layout import stacked
@@ -34,16 +34,20 @@ def load_training(path: str | Path) -> Weights:
     """Read a model with all that its training needs to go on.
 
     Args:
-        path: a `ckpt.pt`, a model folder, a run, or a checkpoint of one; models of other kinds, which have no place
-            for moments, are read without.
+        path: a `ckpt.pt` or its archive, a model folder, a run, or a checkpoint of one; models of other kinds, which
+            have no place for moments, are read without.
 
     Raises:
         ModelError: nothing of the kind is there, or it is damaged.
     """
     path = locate(path)
     if path.is_file():
-        published = kind_of_file(path) in ("published", "unknown")
-        return read_published_training(path) if published else load_weights(path)
+        match kind_of_file(path):
+            case "published" | "unknown":
+                return read_published_training(path)
+            case "archive":
+                return read_archive(path, read_published_training)
+        return load_weights(path)
     match kind_of_folder(path):
         case "folder":
             return read_folder_training(path)

@@ -84,13 +84,20 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether this is a folder that `crystallm train` wrote to."""
+    """Whether this is a folder that `crystallm train` wrote to.
+
+    Raises:
+        DataError: it may not be looked into.
+    """
     parts = (METRICS_FILE, CHECKPOINTS_FOLDER)
-    return (
-        (folder / CONFIG_FILE).is_file()
-        and any((folder / part).exists() for part in parts)
-        and not any((folder / f"{split}.bin").is_file() for split in SPLITS)
-    )
+    try:
+        return (
+            (folder / CONFIG_FILE).is_file()
+            and any((folder / part).exists() for part in parts)
+            and not any((folder / f"{split}.bin").is_file() for split in SPLITS)
+        )
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
@@ -171,7 +178,10 @@ def whole_number(value: Any) -> int:
 
 def _checkpoints(folder: Path) -> tuple[int, ...]:
     """Steps of the complete ones: those being written have longer names."""
-    found = folder.iterdir() if folder.is_dir() else ()
+    try:
+        found = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
     return tuple(sorted(int(path.name) for path in found if path.name.isdecimal()))
 
 
