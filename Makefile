@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-tests
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf $(VENV) demo_out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -83,7 +83,7 @@ def _verdict(text: str) -> Judgement:
 
 
 class Pool:
-    """Judges a little later, in a thread; so many texts, where it is said, and no more."""
+    """Judges a little later, in a thread; or so many texts, where it is said, at once, and no more."""
 
     workers, time_limit = 1, 60.0
 
@@ -97,6 +97,8 @@ class Pool:
             if self._left == 0:
                 raise Killed
             self._left -= 1
+            future.set_result(_verdict(text))
+            return future
         self.waiting += 1
         self.most = max(self.most, self.waiting)
         threading.Timer(0.001, self._answer, (future, text)).start()
