@@ -68,3 +68,5 @@ def _log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     logger.handlers = [handler]
     logger.propagate = False
+    # Checkpoints are read and written in its tasks; what fails there is raised, and would be told again, in pages.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
