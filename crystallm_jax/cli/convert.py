@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _EXAMPLE = """examples:
   crystallm convert ckpt.pt models/mine                     a published checkpoint as a model folder
-  crystallm convert runs/mine ckpt.pt                       back, with the optimiser's moments, to train on there
+  crystallm convert runs/mine mine.pt                       back, with the optimiser's moments, to train on there
   crystallm convert runs/mine models/mine --license cc-by-4.0 --data "my crystals, CC BY 4.0"
   crystallm convert default model.npz --dtype int8          for NumPy alone
   crystallm convert runs/mine models/hf --to huggingface --push me/crystals

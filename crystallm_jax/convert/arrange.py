@@ -58,23 +58,28 @@ def params_from_named(named: Mapping[str, np.ndarray], config: ModelConfig, *, p
         name = ".".join(entry.path)
         if name not in remaining:
             raise ModelError(f"{place}: tensor {name} is missing")
-        value = remaining.pop(name)
-        if value.shape not in (entry.shape, entry.held):
-            raise ModelError(
-                f"{place}: tensor {name} has shape {value.shape}; the configuration asks for {entry.shape}"
-            )
-        if value.dtype.name not in FLOATS:
-            raise ModelError(
-                f"{place}: tensor {name} is of {value.dtype}; only floating-point numbers are known"
-            )
-        with np.errstate(over="ignore"):  # said below, in one line
-            value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
-        if not np.isfinite(value).all():
-            raise ModelError(f"{place}: tensor {name} holds numbers that are not finite: get another copy")
+        value = parameter_value(remaining.pop(name), entry, what=f"{place}: tensor {name}")
         arranged[name] = value
     if remaining:
         raise ModelError(f"{place}: tensors that no parameter takes: {', '.join(sorted(remaining)[:5])}")
     return nested(arranged)
+
+
+def parameter_value(value: np.ndarray, entry: ParameterEntry, *, what: str) -> np.ndarray:
+    """One parameter as float32, in its shape in memory.
+
+    Raises:
+        ModelError: it is of another shape, of integers, or not finite.
+    """
+    if value.shape not in (entry.shape, entry.held):
+        raise ModelError(f"{what} has shape {value.shape}; the configuration asks for {entry.shape}")
+    if value.dtype.name not in FLOATS:
+        raise ModelError(f"{what} is of {value.dtype}; only floating-point numbers are known")
+    with np.errstate(over="ignore"):  # said below, in one line
+        value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
+    if not np.isfinite(value).all():
+        raise ModelError(f"{what} holds numbers that are not finite: get another copy")
+    return value
 
 
 def params_from_tensors(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS, UNK_TOKEN
-from crystallm_jax.convert.arrange import FLOATS, named_arrays, nested
+from crystallm_jax.convert.arrange import named_arrays, nested, parameter_value
 from crystallm_jax.convert.folder import FloatType
 from crystallm_jax.convert.hf_tokenizer import read_json, read_vocabulary, rows_of_tokens, tokenizer_files
 from crystallm_jax.convert.names import ParameterEntry, parameter_table
@@ -292,19 +292,7 @@ def _arranged(
     for name, entry in table.items():
         if name not in tensors:
             raise ModelError(f"{place}: tensor {name} is missing")
-        value = tensors[name]
-        if value.shape != entry.shape:
-            raise ModelError(
-                f"{place}: tensor {name} has shape {value.shape}; {CONFIG_FILE} asks for {entry.shape}"
-            )
-        if value.dtype.name not in FLOATS:
-            raise ModelError(
-                f"{place}: tensor {name} is of {value.dtype}; only floating-point numbers are known"
-            )
-        with np.errstate(over="ignore"):  # said below, in one line
-            value = np.ascontiguousarray(value, np.float32).reshape(entry.held)
-        if not np.isfinite(value).all():
-            raise ModelError(f"{place}: tensor {name} holds numbers that are not finite: get another copy")
+        value = parameter_value(tensors[name], entry, what=f"{place}: tensor {name}")
         named[".".join(entry.path)] = value
     return named
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,9 +17,7 @@ from crystallm_jax.errors import ModelError, SamplingError
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.portable.network import Network, prepare, whole_logits
 from crystallm_jax.portable.sampling import Completion, Request, complete
-
-if TYPE_CHECKING:
-    from crystallm_jax.samples import Sample
+from crystallm_jax.samples import Sample
 
 # Tokens read at once at most by `logits`, for its attention takes memory in their square.
 _TOGETHER = 4096
@@ -92,7 +90,7 @@ class NumpyModel:
         batch_size: int | None = None,
         constrain: None = None,
         overflow: str = "stop",
-    ) -> "list[Sample]":
+    ) -> list[Sample]:
         """Complete prompts; the samples come in the order of (prompt, sample).
 
         They are those that the JAX model draws with the same seed, but where two tokens tie to the last digits. NumPy
@@ -127,9 +125,7 @@ class NumpyModel:
         completions = complete(self.network, encoded, newline_id=self.tokenizer.newline_id, request=request)
         return sorted(map(self._sample, completions), key=lambda one: (one.prompt_index, one.sample_index))
 
-    def _sample(self, completion: Completion) -> "Sample":
-        from crystallm_jax.samples import Sample  # noqa: PLC0415  it brings pymatgen
-
+    def _sample(self, completion: Completion) -> Sample:
         return Sample(text=self.tokenizer.decode(completion.token_ids), **completion._asdict())
 
 
