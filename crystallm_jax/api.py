@@ -1,8 +1,8 @@
 """The Python interface: a model that answers with logits and with samples."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
-from crystallm_jax.model import GPT, ModelConfig, count_params, init_params
+from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.config import DType
-from crystallm_jax.portable.model import checked_tokens, encode_prompt
+from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.constrain import Level
 from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
@@ -24,7 +24,7 @@ from crystallm_jax.training.load import load_weights
 
 
 @dataclass(frozen=True, eq=False)
-class CrystalModel:
+class CrystalModel(LoadedModel):
     """A language model of crystals: its shape, its parameters, its tokenizer.
 
     Attributes:
@@ -32,20 +32,6 @@ class CrystalModel:
         params: nested float32 parameters, or whatever they were cast to.
         name: where it came from.
     """
-
-    config: ModelConfig
-    params: dict[str, Any] = field(repr=False)
-    name: str = ""
-
-    @cached_property
-    def tokenizer(self) -> CIFTokenizer:
-        """The tokenizer of the published vocabulary."""
-        return CIFTokenizer()
-
-    @property
-    def num_params(self) -> int:
-        """Number of parameters, the tied head counted once."""
-        return count_params(self.params)
 
     def logits(self, tokens: Any) -> jax.Array:
         """Next-token logits, float32 [B, T, V], for int tokens [B, T]; compiled once a shape.

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "crystallm_jax"
 # As CONTRIBUTING.md has it.
 ROOMS = (
-    ("errors", "config", "processes"),
+    ("errors", "config", "processes", "lazy"),
     ("cif",),
     ("data",),
     ("artifacts",),
@@ -33,6 +33,7 @@ WITHOUT_JAX = (
     "errors",
     "config",
     "processes",
+    "lazy",
     "cif",
     "data",
     "artifacts",

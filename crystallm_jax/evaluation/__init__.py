@@ -5,8 +5,9 @@ Names are loaded on first use, so that a process which only sends texts to a poo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from crystallm_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from crystallm_jax.evaluation.bonds import bond_length_score, expected_bond_length, symmetry_orbits
@@ -45,12 +46,4 @@ _MODULES = {
     "validate_many": "pool",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -5,8 +5,9 @@ Names are loaded on first use: the configuration and what converts weights need 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from crystallm_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from crystallm_jax.model.config import ModelConfig, flops_per_token
@@ -22,12 +23,4 @@ _MODULES = {
     "init_params": "transformer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,20 +1,17 @@
 """A model that runs on NumPy alone, and its file."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.convert.arrange import flattened
 from crystallm_jax.convert.npz import Storage, read_npz, write_npz
 from crystallm_jax.convert.weights import Weights
-from crystallm_jax.errors import ModelError, SamplingError
-from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.errors import SamplingError
+from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt
 from crystallm_jax.portable.network import Network, prepare, whole_logits
 from crystallm_jax.portable.sampling import Completion, Request, complete
 from crystallm_jax.samples import Sample
@@ -23,22 +20,8 @@ from crystallm_jax.samples import Sample
 _TOGETHER = 4096
 
 
-class HasWeights(Protocol):
-    """What a model of whatever kind has."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The shape."""
-        ...
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Nested parameters of an unrolled model."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
-class NumpyModel:
+class NumpyModel(LoadedModel):
     """A language model of crystals on NumPy: its shape, its parameters, its tokenizer.
 
     Attributes:
@@ -47,24 +30,10 @@ class NumpyModel:
         name: where it came from.
     """
 
-    config: ModelConfig
-    params: dict[str, Any] = field(repr=False)
-    name: str = ""
-
-    @cached_property
-    def tokenizer(self) -> CIFTokenizer:
-        """The tokenizer of the published vocabulary."""
-        return CIFTokenizer()
-
     @cached_property
     def network(self) -> Network:
         """The parameters as they are computed with."""
         return prepare(self.config, self.params)
-
-    @property
-    def num_params(self) -> int:
-        """Number of parameters, the tied head counted once."""
-        return sum(value.size for value in flattened(self.params).values())
 
     def logits(self, tokens: Any) -> np.ndarray:
         """Next-token logits, float32 [B, T, V], for int tokens [B, T].
@@ -140,7 +109,7 @@ def load_numpy(path: str | Path) -> NumpyModel:
     return NumpyModel(config, weights.params, str(path))
 
 
-def save_numpy(model: HasWeights, path: str | Path, *, dtype: Storage = "float32") -> None:
+def save_numpy(model: LoadedModel, path: str | Path, *, dtype: Storage = "float32") -> None:
     """Write a model as an `.npz` file for `load_numpy`.
 
     Args:
@@ -152,37 +121,3 @@ def save_numpy(model: HasWeights, path: str | Path, *, dtype: Storage = "float32
         ModelError: it cannot be written.
     """
     write_npz(path, Weights(model.config, model.params), dtype=dtype)
-
-
-def checked_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
-    """Int tokens [B, T] that a model can read.
-
-    Raises:
-        ModelError: not two-dimensional, longer than the context, or ids outside the vocabulary.
-    """
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ModelError(f"tokens of shape {tokens.shape} and type {tokens.dtype}: expected integers [B, T]")
-    if tokens.shape[1] > config.block_size:
-        raise ModelError(f"{tokens.shape[1]} tokens do not fit the context of {config.block_size}")
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
-        raise ModelError(f"token ids must lie within 0 and {config.vocab_size - 1}")
-    return tokens
-
-
-def encode_prompt(prompt: str, tokenizer: CIFTokenizer) -> np.ndarray:
-    """The ids of a prompt.
-
-    Raises:
-        SamplingError: it is no prompt, or the vocabulary lacks a part of it.
-    """
-    if not prompt.startswith("data_"):
-        raise SamplingError(f"prompt {prompt[:40]!r} does not begin with data_: make it with make_prompt")
-    ids = tokenizer.encode_cif(prompt)
-    # The tokenizer skips characters that it does not know: such a prompt would be another one.
-    kept = tokenizer.decode(ids) == re.sub(r"[ \t]+", " ", prompt)
-    if not kept or (ids == tokenizer.unk_id).any():
-        raise SamplingError(
-            f"prompt {prompt[:40]!r} has words or characters that the vocabulary lacks: make it with make_prompt"
-        )
-    return ids
