@@ -17,9 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import load_config
-from crystallm_jax.data.feed import evaluation_batches
 from crystallm_jax.data.preparing.writer import StoreWriter
-from crystallm_jax.data.rows import open_rows
+from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.training.config import TrainConfig

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.data.feed import Feed, evaluation_batches, open_feed
+from crystallm_jax.data.feed import Feed, open_feed
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.preparing.writer import StoreWriter
-from crystallm_jax.data.rows import PackedRows, WindowRows, open_rows
+from crystallm_jax.data.rows import PackedRows, WindowRows, evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import DataError
 

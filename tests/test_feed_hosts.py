@@ -31,8 +31,8 @@ if hosts > 1:
         f"localhost:{port}", hosts, host, initialization_timeout=60, shutdown_timeout_seconds=20
     )
 
-from crystallm_jax.data.feed import evaluation_batches, open_feed
-from crystallm_jax.data.rows import open_rows
+from crystallm_jax.data.feed import open_feed
+from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh

@@ -19,9 +19,8 @@ from crystallm_jax.config import load_config
 from crystallm_jax.convert.folder import write_folder
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.corpus import read_corpus
-from crystallm_jax.data.feed import evaluation_batches
 from crystallm_jax.data.preparing.writer import StoreWriter
-from crystallm_jax.data.rows import open_rows
+from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import init_params

@@ -280,37 +280,3 @@ def open_feed(
         common, rare, mixture, batch_size=batch_size, micro_batches=micro_batches, host=host, hosts=hosts
     )
     return Feed(steps, fingerprint, store)
-
-
-def evaluation_batches(
-    rows: Rows, *, batch_size: int, count: int, seed: int, host: int = 0, hosts: int = 1
-) -> Iterator[Batch]:
-    """The same `count` batches at every evaluation, leaves [B / hosts, ...]: a fixed random choice of rows.
-
-    Fewer rows than asked for are all taken once. A last incomplete batch is filled with the first rows again, whose
-    targets do not count: weighted by `Batch.counted` (of all hosts), the batches' mean losses give that of the rows.
-
-    Args:
-        rows: to choose from.
-        batch_size: B, over all hosts.
-        count: how many batches.
-        seed: of the choice.
-        host: number of this host, which reads its part of each batch alone.
-        hosts: how many share each batch.
-
-    Raises:
-        DataError: a batch does not divide over the hosts.
-    """
-    if batch_size % hosts:
-        raise DataError(f"a batch of {batch_size} rows does not divide over {hosts} hosts")
-    share = batch_size // hosts
-    chosen = min(count * batch_size, len(rows))
-    needed = -(-chosen // batch_size) * batch_size
-    order = np.resize(np.random.default_rng(seed).permutation(len(rows)), needed)
-    for first in range(host * share, needed, batch_size):
-        batch = rows.read(order[first : first + share])
-        if chosen < needed:
-            # It says something of the last batch alone, but all are to be compiled alike.
-            mask = np.ones(batch.tokens[:, 1:].shape, bool) if batch.loss_mask is None else batch.loss_mask
-            batch = batch._replace(loss_mask=mask & (np.arange(first, first + share)[:, None] < chosen))
-        yield batch

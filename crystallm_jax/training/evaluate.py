@@ -5,8 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from crystallm_jax.data.feed import evaluation_batches
-from crystallm_jax.data.rows import Rows, open_rows
+from crystallm_jax.data.rows import Rows, evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.distributed import Share, sum_of_all
