@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from crystallm_jax.cli.prepare import summary
 from crystallm_jax.data.prepare import PrepareReport, prepare
 from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.data.preparing.marks import read_pairs
@@ -94,6 +95,26 @@ def test_dedup_keeps_the_lowest_volume_where_the_first_one_stood(tmp_path: Path)
     assert _ids(report) == ["c", "b", "d"]
     reason = "same cell formula and space group as 'c'"
     assert _dropped(report) == [("a", "dedup", reason), ("e", "dedup", reason)]
+    assert dict(report.reasons) == {("dedup", reason): 2}
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        ("dedup", "same cell formula and space group as …"),
+        ("merge", "same reduced formula, units and space group as …"),
+        ("exclude", "same reduced formula, units and space group as …, which is to be excluded"),
+    ],
+)
+def test_the_count_of_a_reason_names_no_record_of_many(tmp_path: Path, stage: str, reason: str) -> None:
+    crystals = [Crystal(f"{name}-{i}", f"{name}4 Cl4") for name in ("Na", "K", "Rb") for i in (1, 2)]
+    benchmark = _write(tmp_path / "x.csv", [crystal for crystal in crystals if crystal.id[-1] == "1"][:2])
+    settings = {"exclude_inputs": [benchmark]} if stage == "exclude" else {stage: True}
+    report = _prepare(tmp_path, crystals, **settings)
+    assert dict(report.reasons) == {(stage, reason): len(_dropped(report))}
+    assert {why.count("'") for _, _, why in _dropped(report)} == {2}
+    assert f"{stage}: {reason}\n" in summary(report)
+    assert "-1'" not in summary(report)
 
 
 def test_volumes_count_a_formula_unit_and_no_units_count_as_one(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def _origin(found: "StoreDescription") -> Iterator[str]:
         yield from _wrapped(f"{'counts':<10}  ", counts)
     for i, group in enumerate(found.dropped[:_TOP]):
         head = f"{'dropped' if i == 0 else '':<10}  {group.inputs:>9,}  {group.stage}: "
-        yield from _wrapped(head, f"{group.example}{' (and the like)' if group.inputs > 1 else ''}")
+        yield from _wrapped(head, group.reason)
     if len(found.dropped) > _TOP:
         rest = sum(group.inputs for group in found.dropped[_TOP:])
         yield f"{'':<10}  {rest:>9,}  for {len(found.dropped) - _TOP:,} other reasons"

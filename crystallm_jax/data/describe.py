@@ -5,17 +5,16 @@ Tokens are read in pieces of whole records, so that memory stays bounded; of a r
 
 import csv
 import dataclasses
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from crystallm_jax.cif import ELEMENTS, SPACEGROUPS, CIFTokenizer
 from crystallm_jax.cif.vocabulary import SPACEGROUP_SUFFIX, TOKENS
 from crystallm_jax.data.reading.tokenfiles import unpacked_folder
+from crystallm_jax.data.reasons import DroppedGroup, Reasons
 from crystallm_jax.data.store import SPLITS, TOKEN_DTYPE, StoreHeader, TokenStore, read_header
 from crystallm_jax.errors import DataError
 
@@ -26,9 +25,6 @@ _PIECE_TOKENS = 1 << 22
 _PIECE_BYTES = 1 << 24
 _MOST_BINS = 256
 _FIRST_BIN = 8
-_MOST_REASONS = 10_000
-_OTHER_REASONS = "other reasons"
-_VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +70,6 @@ class SplitDescription:
     unk: int
     underrepresented: int
     sha256: str
-
-
-class DroppedGroup(NamedTuple):
-    """Inputs that one stage refused for one reason, but for the values in it; `example` is the first's."""
-
-    stage: str
-    example: str
-    inputs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,25 +311,19 @@ def _read_dropped(path: Path) -> tuple[tuple[DroppedGroup, ...], int | None]:
     """
     if not path.is_file():
         return (), None
-    groups: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], str] = {}
+    reasons = Reasons()
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             rows = csv.reader(stream)
             next(rows, None)
             for _, stage, reason in rows:
-                key = (stage, _VALUES.sub("…", reason))
-                # Memory stays bounded where every reason is another.
-                if key not in groups and len(groups) >= _MOST_REASONS:
-                    key = (stage, _OTHER_REASONS)
-                groups[key] += 1
-                examples.setdefault(key, reason)
+                reasons.add(stage, reason)
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise DataError(
             f"{path} cannot be read ({' '.join(str(error).split())}): prepare the folder again"
         ) from error
-    ranked = groups.most_common()
-    return tuple(DroppedGroup(key[0], examples[key], n) for key, n in ranked), groups.total()
+    groups = reasons.groups()
+    return groups, sum(group.inputs for group in groups)
 
 
 def _count_problems(header: StoreHeader, dropped_rows: int | None) -> list[str]:

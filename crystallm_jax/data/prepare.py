@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import platform
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from crystallm_jax.data.preparing.writer import (
     refuse_foreign,
 )
 from crystallm_jax.data.reading.texts import printable
+from crystallm_jax.data.reasons import Reasons
 from crystallm_jax.data.record import Record
 from crystallm_jax.data.store import SplitHeader, StoreHeader
 from crystallm_jax.errors import ConfigError, DataError
@@ -75,7 +75,8 @@ class PrepareReport:
         n_dropped: records in `dropped.csv`.
         splits: the header of each split of a token store.
         texts: records of each split, where texts were written and no tokens.
-        reasons: drops by (stage, reason); those that differ only in numbers and names count under the first.
+        reasons: drops by (stage, reason), most often first; what a reason names of its record is left open as `…` where
+            it is not the same for all.
         n_excluding: records of the set to exclude.
         unusable: those of them that could not be read, so that nothing is excluded by them.
         n_underrepresented: records marked as under-represented.
@@ -274,13 +275,13 @@ def _counts(catalogue: Catalogue, sets: Mapping[str, np.ndarray]) -> _Counts:
     if kept + lost != n_input:
         raise AssertionError(f"{n_input} came in, {kept} + {lost} are accounted for")
     if not kept:
-        reasons = _Reasons()
+        reasons = Reasons()
         for drop in dropped(catalogue.connection):
-            reasons.add(drop)
+            reasons.add(drop.stage, drop.reason)
         catalogue.remove()
         if not n_input:
             raise DataError("the inputs hold no records: check them")
-        (stage, reason), count = next(iter(reasons.summary().items()))
+        (stage, reason), count = next(iter(_summary(reasons).items()))
         raise DataError(
             f"none of {n_input:,} records can be kept; most often ({count:,}), at '{stage}': {reason}"
         )
@@ -291,7 +292,7 @@ def _write(
     catalogue: Catalogue, sets: Mapping[str, np.ndarray], recipe: Recipe, description: _Description
 ) -> _Written:
     """Write what is kept, in the order of the sets, and what is not."""
-    reasons = _Reasons()
+    reasons = Reasons()
     out_dir = catalogue.folder.parent
     writer_type = StoreWriter if recipe.gives_tokens else TextWriter
     with writer_type(out_dir, catalogue.folder) as writer:
@@ -301,27 +302,18 @@ def _write(
                 writer.add_payload(record.id, data, split=split, underrepresented=record.underrepresented)
         for drop in dropped(catalogue.connection):
             writer.drop(*drop)
-            reasons.add(drop)
+            reasons.add(drop.stage, drop.reason)
         result = writer.commit(**description._asdict(), versions=_versions())
     if isinstance(result, StoreHeader):
-        return _Written(result.splits, {}, reasons.summary())
-    return _Written({}, result, reasons.summary())
+        return _Written(result.splits, {}, _summary(reasons))
+    return _Written({}, result, _summary(reasons))
 
 
-class _Reasons:
-    """Counts reasons, those that differ only in numbers and quoted names as one."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._first: dict[tuple[str, str], str] = {}
-
-    def add(self, drop: Drop) -> None:
-        kind = (drop.stage, re.sub(r"'[^']*'|\([^)]*\)|\d[\d.,]*", "*", drop.reason))
-        self._counts[kind] += 1
-        self._first.setdefault(kind, drop.reason)
-
-    def summary(self) -> dict[tuple[str, str], int]:
-        return {(kind[0], self._first[kind]): count for kind, count in self._counts.most_common()}
+def _summary(reasons: Reasons) -> dict[tuple[str, str], int]:
+    counts: Counter[tuple[str, str]] = Counter()
+    for group in reasons.groups():
+        counts[group.stage, group.reason] += group.inputs
+    return dict(counts.most_common())
 
 
 def _one_word(name: str) -> str:
