@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         parsed.overrides = [*parsed.overrides, *left]
-    _log_to_stderr()
-    _quiet_libtpu()
+    log_to_stderr()
+    quiet_libtpu()
     try:
         return parsed.run(parsed)
     except CrystallmError as error:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
 
 
-def _quiet_libtpu() -> None:
+def quiet_libtpu() -> None:
     """Where libtpu is installed, to compile for TPUs, but no accelerator plugged in, keep jax from looking for one.
 
     libtpu would complain of it in pages.
@@ -60,7 +60,7 @@ def _quiet_libtpu() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Show this package's messages, and no library's."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
