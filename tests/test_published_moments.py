@@ -391,6 +391,62 @@ def test_a_run_goes_on_in_another_folder_where_the_first_stood(
     )
 
 
+# A run without an end, its decay to be branched off.
+STABLE = dataclasses.replace(
+    TINY, optimizer="muon", ema_decay=0.5, lr_schedule="wsd", dropout=0.1, min_lr=0.0, max_iters=6
+)
+
+
+@pytest.fixture(scope="module")
+def stable(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("runs") / "stable"
+    run(dataclasses.replace(STABLE, dataset=str(dataset), out_dir=str(out_dir)))
+    return out_dir
+
+
+def _final_state(folder: Path) -> Any:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return checkpoints.read(lambda names: True).arrays
+
+
+def test_a_decay_is_branched_off_any_checkpoint_bit_for_bit(
+    stable: Path, dataset: Path, tmp_path: Path
+) -> None:
+    decaying = dataclasses.replace(STABLE, dataset=str(dataset), decay_iters=2)
+    run(dataclasses.replace(decaying, out_dir=str(tmp_path / "straight")))
+    branch = dataclasses.replace(
+        decaying,
+        out_dir=str(tmp_path / "branch"),
+        init_from=str(stable / "checkpoints" / "4"),
+        init_state="all",
+    )
+    assert run(branch).step == 6
+    straight, branched = _losses(tmp_path / "straight"), _losses(tmp_path / "branch")
+    assert branched == {step: loss for step, loss in straight.items() if step > 4}
+    assert {step: loss for step, loss in straight.items() if step <= 4}.items() <= _losses(stable).items()
+    _assert_equal(_final_state(tmp_path / "branch"), _final_state(tmp_path / "straight"))
+    # Its parent is as it was, and the branch is a run of its own.
+    assert max(_losses(stable)) == 6
+    assert run(dataclasses.replace(branch, existing_run="resume", max_iters=8, decay_iters=4)).step == 8
+
+
+def test_a_branch_with_no_step_to_take_or_another_state_is_refused(
+    stable: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        STABLE,
+        dataset=str(dataset),
+        out_dir=str(tmp_path / "branch"),
+        init_from=str(stable),
+        init_state="all",
+    )
+    with pytest.raises(ConfigError, match="stood at step 6, and max_iters=6 is none more"):
+        run(config)
+    for changed in ({"layers": "scanned"}, {"ema_decay": 0.0}, {"n_embd": 16}, {"optimizer": "adamw"}):
+        with pytest.raises(ModelError, match=f"stable: .*{next(iter(changed))}="):
+            run(dataclasses.replace(config, max_iters=8, **changed))
+
+
 def test_what_has_no_moments_is_refused_for_going_on(dataset: Path, tmp_path: Path) -> None:
     weights = dataclasses.replace(_random_weights(TINY.model_config(371)), training=None)
     write_published(tmp_path / "ckpt.pt", weights)

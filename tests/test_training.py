@@ -16,6 +16,7 @@ import pytest
 
 from crystallm_jax.convert import read_published
 from crystallm_jax.data.packing import Batch
+from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate_schedule
@@ -352,6 +353,34 @@ def test_the_rate_warms_up_falls_along_a_cosine_and_stays() -> None:
     points = {0: 0, 1: 1e-5, 50: 5e-4, 100: 1e-3, 350: quarter, 600: 5.5e-4, 1100: 1e-4, 5000: 1e-4}
     for step, expected in points.items():
         assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-9), step
+
+
+def test_the_rate_is_stable_until_the_last_steps_and_falls_to_nothing() -> None:
+    config = dataclasses.replace(
+        OWN, lr_schedule="wsd", warmup_iters=10, decay_iters=20, max_iters=100, learning_rate=1e-3, min_lr=0.0
+    )
+    rate = learning_rate_schedule(config)
+    points = {0: 0, 5: 5e-4, 10: 1e-3, 79: 1e-3, 80: 1e-3, 85: 7.5e-4, 90: 5e-4, 99: 5e-5, 100: 0, 500: 0}
+    for step, expected in points.items():
+        assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-9), step
+    endless = learning_rate_schedule(dataclasses.replace(config, decay_iters=0))
+    assert float(endless(10)) == float(endless(10**6)) == pytest.approx(1e-3)
+    to_a_tenth = learning_rate_schedule(dataclasses.replace(config, min_lr=1e-4, warmup_iters=0))
+    assert float(to_a_tenth(0)) == pytest.approx(1e-3)
+    assert float(to_a_tenth(90)) == pytest.approx(5.5e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay_iters": 5}, "decay_iters=5 needs lr_schedule=wsd"),
+        ({"lr_schedule": "wsd", "decay_iters": 8, "warmup_iters": 3, "max_iters": 10}, "max_iters=10"),
+        ({"lr_schedule": "wsd", "decay_iters": -1}, "decay_iters=-1"),
+    ],
+)
+def test_a_decay_that_has_no_place_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(OWN, **settings)
 
 
 def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:

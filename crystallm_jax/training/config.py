@@ -12,6 +12,7 @@ from crystallm_jax.model.config import AttentionBackend, DType, Layers, ModelCon
 # and the command line read an `on` and an `off` without quotes as true and false.
 Distributed = Literal["auto", "on", "off", True, False]
 Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ class TrainConfig:
         beta2: of AdamW.
         grad_clip: greatest global norm of a step's gradient; 0 switches clipping off.
         decay_lr: whether there is a schedule; otherwise `learning_rate` throughout, from the first step.
+        lr_schedule: (new) `cosine`, as published, or `wsd`: warm-up, a stable rate, and a linear decay at the end
+            (S. Hu et al., arXiv 2404.06395).
         warmup_iters: steps of linear warm-up from 0.
         lr_decay_iters: the step at which the cosine reaches `min_lr`.
+        decay_iters: (new) of `wsd`: the last steps before `max_iters`, over which the rate falls to `min_lr`; 0 keeps
+            it stable to the end, for a run that others branch off.
         min_lr: lowest rate.
         ema_decay: (new) of an exponential moving average of the weights, which is then what is evaluated and exported;
             0 keeps none.
@@ -134,8 +139,10 @@ class TrainConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     decay_lr: bool = True
+    lr_schedule: Schedule = "cosine"
     warmup_iters: int = 2000
     lr_decay_iters: int = 600_000
+    decay_iters: int = 0
     min_lr: float = 6e-5
     ema_decay: float = 0.0
     non_finite: Literal["stop", "skip"] = "stop"
@@ -178,6 +185,7 @@ class TrainConfig:
             "weight_decay",
             "grad_clip",
             "warmup_iters",
+            "decay_iters",
             "checkpoint_interval",
             "eval_iters_train",
             "eval_iters_val",
@@ -194,17 +202,31 @@ class TrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.init_state == "all" and self.init_from == "scratch":
             raise ConfigError("init_state=all needs a model to go on from: give init_from=PATH")
-        if self.decay_lr and self.lr_decay_iters <= self.warmup_iters:
-            raise ConfigError(
-                f"lr_decay_iters={self.lr_decay_iters} must be above warmup_iters={self.warmup_iters}"
-                " (or set decay_lr=false)"
-            )
+        self._check_schedule()
         if self.patience > 0 and not (self.validate and self.eval_iters_val > 0):
             raise ConfigError(
                 f"patience={self.patience} needs a validation loss: set validate=true and eval_iters_val above 0"
             )
         if not 0 <= self.underrep_p <= 1:
             raise ConfigError(f"underrep_p={self.underrep_p}: must be a probability, from 0 to 1")
+
+    def _check_schedule(self) -> None:
+        if self.decay_iters > 0 and self.lr_schedule != "wsd":
+            raise ConfigError(
+                f"decay_iters={self.decay_iters} needs lr_schedule=wsd: the cosine ends at lr_decay_iters"
+            )
+        if not self.decay_lr:
+            return
+        if self.lr_schedule == "cosine" and self.lr_decay_iters <= self.warmup_iters:
+            raise ConfigError(
+                f"lr_decay_iters={self.lr_decay_iters} must be above warmup_iters={self.warmup_iters}"
+                " (or set decay_lr=false)"
+            )
+        if self.lr_schedule == "wsd" and self.decay_iters > self.max_iters - self.warmup_iters:
+            raise ConfigError(
+                f"decay_iters={self.decay_iters} and warmup_iters={self.warmup_iters} are more than"
+                f" max_iters={self.max_iters}: the decay is the end of the run"
+            )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model that this run trains."""

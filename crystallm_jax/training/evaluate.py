@@ -1,15 +1,18 @@
-"""Mean losses over fixed batches of the training and validation sets."""
+"""Mean losses: of fixed batches in the middle of a run, and of all files of a set."""
 
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.rows import Rows, evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.distributed import Share, sum_of_all
-from crystallm_jax.training.step import CompiledSteps
+from crystallm_jax.training.step import CompiledSteps, batch_loss
 
 
 class Evaluator:
@@ -68,3 +71,36 @@ class Evaluator:
 
     def _placed(self, leaf: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(self._steps.batch, leaf)
+
+
+class FilesLoss(NamedTuple):
+    """The mean loss over the tokens of files, in nats, and how many tokens were predicted."""
+
+    loss: float
+    targets: int
+
+
+def loss_of_files(
+    weights: Weights, store: TokenStore, *, batch_size: int = 4, first: int | None = None
+) -> FilesLoss:
+    """The mean loss of the files of a set, each read alone from position 0, as sampling reads them.
+
+    A file that is longer than the context counts with its beginning. The arithmetic is float32.
+
+    Args:
+        weights: the model.
+        store: the set.
+        batch_size: rows of files side by side that are read at once.
+        first: how many files to read, from the beginning; None reads all.
+    """
+    config = replace(weights.config, dtype="float32")
+    records = None if first is None else np.arange(min(first, len(store)))
+    rows = open_rows(store, block_size=config.block_size, windows="packed", seed=0, records=records)
+    evaluate = jax.jit(partial(batch_loss, config))
+    params = jax.device_put(weights.params)
+    losses, counted = [], []
+    count = -(-len(rows) // batch_size)
+    for batch in evaluation_batches(rows, batch_size=batch_size, count=count, seed=0):
+        losses.append(evaluate(params, batch))
+        counted.append(batch.counted)
+    return FilesLoss(float(np.average(jax.device_get(losses), weights=counted)), sum(counted))

@@ -78,6 +78,15 @@ def run_of(path: Path) -> RunPath:
     )
 
 
+def found_run(path: Path) -> RunPath | None:
+    """The run that a path names; None where a model of another kind lies there.
+
+    Raises:
+        ModelError: nothing of the kind is there.
+    """
+    return None if path.is_file() or kind_of_folder(path) != "none" else run_of(path)
+
+
 def _hint(path: Path) -> str:
     close = difflib.get_close_matches(str(path), (DEFAULT_NAME, *model_archives()), n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -127,11 +136,11 @@ def keeps_average(path: Path) -> bool:
     Raises:
         ModelError: it is a run without an intact checkpoint.
     """
-    if path.is_file() or kind_of_folder(path) != "none":
+    found = found_run(path)
+    if found is None:
         return False
-    run, step = run_of(path)
-    with Checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
-        return _is_averaged(checkpoints.describe(step))
+    with Checkpoints(found.folder / CHECKPOINTS_FOLDER) as checkpoints:
+        return _is_averaged(checkpoints.describe(found.step))
 
 
 def _is_averaged(description: Mapping[str, Any]) -> bool:

@@ -75,8 +75,9 @@ def training_of_run(path: Path, step: int | None = None) -> Weights:
         optimizer = checkpoints.describe(step).get("train", {}).get("optimizer", "adamw")
         if optimizer != "adamw":
             raise ModelError(
-                f"{path}: trained with optimizer={optimizer}, whose state only its own run goes on from"
-                " (init_from=resume): take its weights alone (init_state=weights, convert --weights-only)"
+                f"{path}: trained with optimizer={optimizer}, whose state goes on only in its own run"
+                " (init_from=resume) or in another of the same optimizer, shape and layers:"
+                " take its weights alone (init_state=weights, convert --weights-only)"
             )
         saved = checkpoints.read(lambda names: names[0] in _WANTED, step)
         config = run_model_config(path, saved.description)

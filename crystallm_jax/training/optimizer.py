@@ -34,16 +34,34 @@ MUON_RMS = 0.2
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """The rate of each step: from 0 linearly to the peak, then along a cosine to `min_lr`, then constant."""
+    """The rate after so many steps: from 0 linearly to the peak, and down to `min_lr` as the schedule has it.
+
+    `cosine` falls from the end of the warm-up to `lr_decay_iters` and is constant then; `wsd` is constant first and
+    falls linearly over the last `decay_iters` steps before `max_iters`.
+    """
     if not config.decay_lr:
         return optax.constant_schedule(config.learning_rate)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_iters,
-        decay_steps=config.lr_decay_iters,
-        end_value=config.min_lr,
-    )
+    match config.lr_schedule:
+        case "cosine":
+            return optax.warmup_cosine_decay_schedule(
+                init_value=0.0,
+                peak_value=config.learning_rate,
+                warmup_steps=config.warmup_iters,
+                decay_steps=config.lr_decay_iters,
+                end_value=config.min_lr,
+            )
+        case "wsd":
+            return _warmup_stable_decay(config)
+
+
+def _warmup_stable_decay(config: TrainConfig) -> optax.Schedule:
+    peak, stable_until = config.learning_rate, config.max_iters - config.decay_iters
+    stages = [optax.linear_schedule(0.0, peak, config.warmup_iters), optax.constant_schedule(peak)]
+    boundaries = [config.warmup_iters]
+    if config.decay_iters > 0:
+        stages.append(optax.linear_schedule(peak, config.min_lr, config.decay_iters))
+        boundaries.append(stable_until)
+    return optax.join_schedules(stages, boundaries)
 
 
 def decay_mask(params: Any) -> Any:

@@ -5,14 +5,16 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crystallm_jax.convert.sources import locate
 from crystallm_jax.data.feed import Feed
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import crop_block_size, load_weights
+from crystallm_jax.training.load import crop_block_size, found_run, load_weights
 from crystallm_jax.training.metrics import METRICS_FILE
 from crystallm_jax.training.moments import crop_training, load_training, moved_state
+from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER
 from crystallm_jax.training.step import CompiledSteps, TrainState, initial_state
 
 logger = logging.getLogger(__name__)
@@ -69,30 +71,67 @@ def start(
 
 def _moved(config: TrainConfig, model_config: ModelConfig, steps: CompiledSteps, feed: Feed) -> Start:
     """Go on where another run stood, with what comes then in the order of this run's own data."""
-    weights = crop_training(load_training(config.init_from), config.block_size, place=config.init_from)
-    _check_shape(dataclasses.asdict(model_config), dataclasses.asdict(weights.config), config.init_from)
-    state = moved_state(config, steps, weights, place=config.init_from)
+    state = _branched(config, model_config, steps)
+    if state is None:
+        state = _converted(config, model_config, steps)
     step = int(state.step)
     logger.info("%s: its run stood at step %d, and goes on here", config.init_from, step)
+    if step >= config.max_iters and not config.eval_only:
+        raise ConfigError(
+            f"{config.init_from}: its run stood at step {step}, and max_iters={config.max_iters} is none more: raise it"
+        )
     feed.go_to(step)
     return Start(state, step)
 
 
+def _branched(config: TrainConfig, model_config: ModelConfig, steps: CompiledSteps) -> TrainState | None:
+    """All of a run's state as it is, its average too; None where it is to be converted.
+
+    AdamW's moments can be cropped and stacked otherwise; Muon's are taken as they are.
+    """
+    found = found_run(locate(config.init_from))
+    if found is None:
+        return None
+    with Checkpoints(found.folder / CHECKPOINTS_FOLDER) as theirs:
+        saved = theirs.describe(found.step)
+        settings = saved.get("train", {})
+        try:
+            _check_shape(dataclasses.asdict(model_config), saved.get("model", {}), config.init_from)
+            _check_state(config, settings, config.init_from)
+        except ModelError:
+            if "muon" in (config.optimizer, settings.get("optimizer")):
+                raise
+            return None
+        return theirs.restore(steps.abstract, found.step).state
+
+
+def _converted(config: TrainConfig, model_config: ModelConfig, steps: CompiledSteps) -> TrainState:
+    """A state around the parameters and moments of any model that has them, cropped and stacked as is asked."""
+    weights = crop_training(load_training(config.init_from), config.block_size, place=config.init_from)
+    _check_shape(dataclasses.asdict(model_config), dataclasses.asdict(weights.config), config.init_from)
+    return moved_state(config, steps, weights, place=config.init_from)
+
+
 def _check_shape(wanted: dict[str, Any], found: dict[str, Any], place: str) -> None:
-    differing = [key for key in _SHAPE_KEYS if wanted[key] != found[key]]
+    differing = [key for key in _SHAPE_KEYS if wanted[key] != found.get(key)]
     if differing:
-        its, ours = (" ".join(f"{key}={shape[key]}" for key in differing) for shape in (found, wanted))
+        its, ours = (" ".join(f"{key}={shape.get(key)}" for key in differing) for shape in (found, wanted))
         raise ModelError(f"{place}: its model has {its}, the configuration says {ours}")
 
 
 def _check_state(config: TrainConfig, saved: dict[str, Any], place: str) -> None:
     """Refuse settings under which the saved state would have other arrays."""
     for key in _STATE_KEYS:
-        now = getattr(config, key)
-        was = saved.get(key, now)
-        # Of an average it matters whether there is one.
-        if was != now and (key != "ema_decay" or 0 in (was, now)):
+        if _is_other(config, saved, key):
+            was, now = saved[key], getattr(config, key)
             raise ModelError(
                 f"{place}: the run was trained with {key}={was}, now {key}={now} would need another state: set {key}"
                 " back, or begin a new run with init_from=RUN_FOLDER"
             )
+
+
+def _is_other(config: TrainConfig, saved: dict[str, Any], key: str) -> bool:
+    """Whether a setting asks for other arrays than were saved; of an average it matters whether there is one."""
+    now = getattr(config, key)
+    was = saved.get(key, now)
+    return was != now and (key != "ema_decay" or 0 in (was, now))
