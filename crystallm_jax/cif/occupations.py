@@ -1,5 +1,6 @@
 """How atoms can be spread over the sites of a space group: whether a composition fits, and with how few sites."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -119,7 +120,7 @@ def least_sites_table(
 
 def common_step(symbol: str) -> int:
     """The greatest number that divides all site multiplicities of a space group."""
-    return int(np.gcd.reduce(multiplicities(symbol).values))
+    return math.gcd(*multiplicities(symbol).values)
 
 
 def _move(

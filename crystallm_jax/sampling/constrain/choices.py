@@ -43,6 +43,7 @@ from crystallm_jax.sampling.constrain.script import script_tokens
 from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, REMEMBERED_SITES, AutomatonState
 
 _DIGIT_SETS = np.stack([token_set([digit]) for digit in DIGITS])
+_DIGIT_SET = token_set(DIGITS)
 _POINT_SET, _MINUS_SET, _SPACE_SET, _NEWLINE_SET = (
     token_set([token]) for token in (POINT, MINUS, SPACE, NEWLINE)
 )
@@ -80,7 +81,7 @@ def allowed(automaton: Automaton, state: AutomatonState) -> jax.Array:
     closes = tight | (state.element >= MAX_ELEMENTS)
     sets = jnp.where((closes & (node >= fields))[:, None], closing, static)
     full = jnp.asarray(_COUNT_NODES)[node] & (state.digits >= MAX_COUNT_DIGITS)
-    sets = jnp.where(full[:, None], sets & ~_union(_DIGIT_SETS), sets)
+    sets = jnp.where(full[:, None], sets & ~_DIGIT_SET, sets)
     choices = site_choices(state) if automaton.level == "symmetry" else None
     scripted = script_tokens(state, 1)[:, 0]
     forced = jnp.where(node == Node.LABEL_ELEMENT, state.symbol, scripted)
@@ -147,11 +148,6 @@ def digits_of(number: jax.Array) -> jax.Array:
 
 def _reserve(state: AutomatonState) -> jax.Array:
     return jnp.take_along_axis(state.reserves, state.field[:, None], axis=1)[:, 0]
-
-
-def _union(sets: np.ndarray) -> np.ndarray:
-    union: np.ndarray = np.bitwise_or.reduce(sets, axis=0)
-    return union
 
 
 def _digit_sets(can: jax.Array) -> jax.Array:
@@ -281,5 +277,5 @@ def _data_set(automaton: Automaton, state: AutomatonState) -> jax.Array:
     another = SITE_COST * (1 + counted_sites(automaton, state.value)) + ELEMENT_COST + COUNT_DIGIT_COST + 1
     grown = (another <= room[:, 0]) & (state.element < MAX_ELEMENTS)
     grown |= state.node == Node.DATA_FIRST
-    free = sets & ~(_ELEMENT_SET | _union(_DIGIT_SETS))
+    free = sets & ~(_ELEMENT_SET | _DIGIT_SET)
     return free | _digit_sets(can) | jnp.where(grown[:, None], sets & _ELEMENT_SET, np.uint32(0))
