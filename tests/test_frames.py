@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ NAMES = ("rocksalt", "perovskite", "halite_symmetric")
 
 def _extxyz(structure: Structure) -> str:
     stream = io.StringIO()
-    write(stream, AseAtomsAdaptor.get_atoms(structure, msonable=False), format="extxyz")
+    # As of 3.29 ASE sets the shape of arrays, which NumPy 2.5 warns of.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        write(stream, AseAtomsAdaptor.get_atoms(structure, msonable=False), format="extxyz")
     return stream.getvalue()
 
 
