@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean train-default ship-default
 
 # The demo needs what runs; the tests need their tools besides.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -20,6 +20,13 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py demo_out
+
+# The model in the package: trained in what the machine leaves unused, and put into the package.
+train-default: $(VENV)/.installed
+	$(BIN)/python tools/train_default.py
+
+ship-default: $(VENV)/.installed
+	$(BIN)/python tools/ship_default.py
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check .

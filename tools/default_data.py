@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
 SHARED_DATA = ROOT.parent / "shared" / "data"
 """Where crystals lie beside a checkout: a folder a set, with train.csv, val.csv and test.csv, compressed or not."""
+CRYSTALS = "crystals of the Materials Project (CC BY 4.0; A. Jain et al., APL Materials 1, 011002, 2013)"
+"""What they are, for the card."""
 _COMPRESSIONS = ("", ".xz", ".gz")
 # Of the embedded corpus for validation and test, as `crystallm train dataset=embedded` has it.
 _EMBEDDED_SPLIT = "0.04,0.03"
