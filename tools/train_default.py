@@ -11,6 +11,11 @@ process, and the first line names it:
     kill -CONT PID    lets it go on
     kill PID          saves and ends it, with exit code 75; the same command goes on
 
+In the background start it in a session of its own, so that it stands back behind other sessions too (Linux shares the
+processor among sessions first):
+
+    mkdir -p runs; setsid nohup python tools/train_default.py > runs/default.log 2>&1 &
+
 `crystallm info runs/default` tells where it stands, `tools/ship_default.py` makes a model of it.
 """
 
@@ -50,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from crystallm_jax.training.stop import stop_at_once  # noqa: PLC0415
 
     given = parse(arguments)
-    os.nice(given.nice)
     log_to_stderr()
+    stand_back(given.nice)
     quiet_libtpu()
     try:
         with stop_at_once():
@@ -62,6 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("train_default: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def stand_back(nice: int) -> None:
+    """Let other processes go first.
+
+    Where Linux groups processes by session (autogroups), a nice value counts within a session alone, and each session
+    gets the same share. So a session that this process leads (`setsid python tools/train_default.py`) stands back as a
+    whole; in another one there are processes that are not ours to slow down.
+    """
+    os.nice(nice)
+    group = Path("/proc/self/autogroup")
+    if os.getsid(0) == os.getpid() and group.is_file():
+        try:
+            group.write_text(str(nice))
+        except OSError as error:  # a kernel without groups, or a container that may not
+            logger.warning("other sessions may get no more of the processor than this run: %s", error.strerror)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
