@@ -82,7 +82,9 @@ def stand_back(nice: int) -> None:
         try:
             group.write_text(str(nice))
         except OSError as error:  # a kernel without groups, or a container that may not
-            logger.warning("other sessions may get no more of the processor than this run: %s", error.strerror)
+            logger.warning(
+                "other sessions may get no more of the processor than this run: %s", error.strerror
+            )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
