@@ -210,7 +210,7 @@ def test_batches_of_large_models_are_smaller() -> None:
         ({"overflow": "slide"}, "load_model"),
         ({"prompts": "Na4Cl4"}, "data_"),
         ({"prompts": "data_Xx1\n"}, "vocabulary lacks"),
-        ({"prompts": "data_" * 700}, "640"),
+        ({"prompts": "data_" * 1100}, "1024"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(settings: dict[str, Any], part: str, packaged: NumpyModel) -> None:
@@ -246,7 +246,7 @@ def test_tokens_that_the_model_cannot_read_are_refused(packaged: NumpyModel) -> 
         ([[1.5]], "integers"),
         ([[371]], "370"),
         ([[-1]], "370"),
-        (np.zeros((1, 641), int), "640"),
+        (np.zeros((1, 1025), int), "1024"),
     ):
         with pytest.raises(cl.ModelError, match=part):
             packaged.logits(np.array(tokens))
