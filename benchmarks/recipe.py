@@ -6,8 +6,9 @@
 
 Each run is a process of its own, on one core, as many at once as there are cores: losses do not depend on what else the
 machine does. Speeds do: `--speed` times the steps of every case in turn, on all cores. With them the runs that are to
-take as long as the base know how many steps they have. What has been run stands in the JSON, and the same command goes
-on. Losses are nats a token over the first 300 files of the validation set, each from position 0, of the last weights.
+take as long as the base know how many steps they have. What has been run stands in the JSON, with a picture beside it,
+and the same command goes on. Losses are nats a token over the first 300 files of the validation set, each from position
+0, of the last weights.
 
 `as published, torch` is `transformers`' GPT-2 in PyTorch, on our run's batches, from its weights; it needs both.
 """
@@ -26,6 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 from recipe_cases import BASE, SHAPE, Case, cases
 
@@ -190,6 +193,24 @@ def table(report: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Training losses over tokens, a line a run, and validation losses, best first."""
+    mpl.use("Agg")
+    runs = sorted(report["runs"].items(), key=lambda named: named[1]["val_loss"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, len(runs)))
+    for colour, (_, run) in zip(colours, runs, strict=True):
+        steps, losses = np.array(run["train_losses"]).T
+        left.plot(steps * run["tokens"] / run["steps"] / 1000, losses, color=colour)
+    left.set(xlabel="tokens, thousands", ylabel="training loss, nats a token", ylim=(0.9, 4))
+    right.scatter([run["val_loss"] for _, run in runs], range(len(runs)), c=colours)
+    right.set(xlabel="validation loss of whole files, nats a token", yticks=range(len(runs)))
+    right.set_yticklabels([name for name, _ in runs], fontsize=8)
+    right.invert_yaxis()
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -222,6 +243,8 @@ def main() -> int:
         if len(ready) < len(left):
             print(f"{len(left) - len(ready)} that take as long as the base wait for --speed")
     print("\n".join(table(report)))
+    if report["runs"]:
+        draw(report, settings.out.with_suffix(".png"))
     return 0
 
 
