@@ -172,6 +172,7 @@ def test_a_fast_model_is_the_published_one_but_for_what_it_names(path: Path) -> 
         "batch_size",
         "attention_dropout",
         "grad_clip",
+        "optimizer",
         "ema_decay",
     }
     assert fast.tokens_per_step == published.tokens_per_step
@@ -189,6 +190,7 @@ def test_a_fast_model_is_the_published_one_but_for_what_it_names(path: Path) -> 
         "resume",
     )
     assert fast.block_size >= 1024
+    assert fast.optimizer == "muon"
 
 
 def test_there_is_a_fast_configuration_for_every_model() -> None:
