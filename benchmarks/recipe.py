@@ -34,6 +34,7 @@ from recipe_cases import BASE, SHAPE, Case, cases
 
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import TokenStore
+from crystallm_jax.errors import DataError
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, STEPS = 3, 6
@@ -227,7 +228,10 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Run what is asked for and print the table."""
     settings = parsed()
-    report = opened(settings)
+    try:
+        report = opened(settings)
+    except DataError as error:
+        raise SystemExit(f"recipe.py: {error}") from None
     names = settings.only.split("|")
     wanted = [case for case in cases() if any(name in case.key for name in names)]
     if settings.speed:
