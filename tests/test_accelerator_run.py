@@ -21,6 +21,7 @@ import optax
 import pytest
 
 from crystallm_jax.cif import CIFTokenizer
+from crystallm_jax.config import find_config, load_config
 from crystallm_jax.convert import Weights
 from crystallm_jax.convert.arrange import flattened
 from crystallm_jax.convert.folder import read_folder
@@ -181,6 +182,10 @@ def _params(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.timeout(600)
+def _recipe_rate() -> float:
+    return load_config(TrainConfig, find_config("default")).learning_rate
+
+
 def test_killed_in_the_middle_resumed_and_gone_on_with_from_what_came_back(
     shipment: Path, compiled: Path, tmp_path: Path
 ) -> None:
@@ -223,7 +228,7 @@ def test_killed_in_the_middle_resumed_and_gone_on_with_from_what_came_back(
     for name, value in found.items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     lines = {line["step"]: line for line in _tool("parts").read_metrics(resumed) if "lr" in line}
-    assert lines[last]["lr"] < lines[10]["lr"] == pytest.approx(2e-3)
+    assert lines[last]["lr"] < lines[10]["lr"] == pytest.approx(_recipe_rate())
     assert lines[last]["update_norm"] < 0.8 * lines[10]["update_norm"]
     assert sorted(path.name for path in resumed.iterdir()) == [
         "metrics.jsonl.gz",
