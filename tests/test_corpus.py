@@ -112,7 +112,9 @@ def test_texts_parse_and_symmetrise_to_themselves(entries):
         structure = Structure.from_str(entry.cif, fmt="cif")
         assert structure.is_ordered
         assert structure.composition == Composition(entry.key[0])
-        assert stream_text(preprocess_cif(symmetrized_cif(structure))) == entry.stream, entry.id
+        # Whether a zero comes out as -1e-17 or 1e-17 depends on the processor, and so does its sign in the text.
+        again = stream_text(preprocess_cif(symmetrized_cif(structure)))
+        assert again.replace("-0.0000 ", "0.0000 ") == entry.stream.replace("-0.0000 ", "0.0000 "), entry.id
 
 
 @quiet
