@@ -645,13 +645,13 @@ def test_an_unknown_name_fails_before_anything_is_downloaded(
 def test_ctrl_c_leaves_what_has_come(server: Server, tmp_path: Path) -> None:
     artifact = find("challenge_set_v1", published())
     server.files[artifact.name] = bytes(artifact.size)
-    reached = threading.Event()
+    reached, left = threading.Event(), threading.Event()
 
     def stalls(handler: _Handler, data: bytes) -> None:
         sound(handler, data, keep=200_000)
         handler.wfile.flush()
         reached.set()
-        time.sleep(3)
+        left.wait(60)
 
     server.script = [stalls]
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -663,6 +663,7 @@ def test_ctrl_c_leaves_what_has_come(server: Server, tmp_path: Path) -> None:
         _until(lambda: partial.exists() and partial.stat().st_size > 100_000)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
+    left.set()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert 100_000 < partial.stat().st_size <= 200_000
