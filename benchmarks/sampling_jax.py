@@ -24,8 +24,8 @@ import numpy as np
 from sampling_cases import MODELS, VOCAB_SIZE, Case, prompts_of
 
 from crystallm_jax.model import ModelConfig, count_params, init_params
-from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
-from crystallm_jax.sampling.orders import Wanted
+from crystallm_jax.sampling.generate import generate
+from crystallm_jax.sampling.requests import Completion, GenerationRequest, Wanted
 
 # Floats of the array that is copied: a gibibyte, beyond the caches there are.
 COPIED = 1 << 28

@@ -1,13 +1,13 @@
-"""What constraints and jumping ahead cost and gain with a trained model, and how many valid structures come a second.
+"""What constraints cost and gain with a trained model, and how many valid structures come a second.
 
     python benchmarks/sampling_trained.py [--model default] [--constrain none,syntax,composition,symmetry] [--valid]
-    python benchmarks/sampling_trained.py --prompts FILE --num-samples 4 --jump 16,8,none --rounds 5
+    python benchmarks/sampling_trained.py --prompts FILE --num-samples 4 --rounds 5
 
-The same prompts and seeds are sampled without and with each constraint, with and without jumping ahead over forced
-tokens, in turns; a first run of each, which compiles, does not count. Rates are medians over the rounds, of generated
-tokens (forced ones too) and of structures that came to their end. With `--valid` the texts go to the validator's
-processes while the model goes on, and the time ends with the last verdict: `valid structures/s` is of that time, the
-other columns of sampling alone. Times of one structure differ between levels, for the texts do.
+The same prompts and seeds are sampled without and with each constraint, in turns; a first run of each, which compiles,
+does not count. Rates are medians over the rounds, of generated tokens (forced ones too) and of structures that came to
+their end. With `--valid` the texts go to the validator's processes while the model goes on, and the time ends with the
+last verdict: `valid structures/s` is of that time, the other columns of sampling alone. Times of one structure differ
+between levels, for the texts do.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from crystallm_jax.cif import make_prompt
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.evaluation import ValidatorPool
 from crystallm_jax.samples import Sample
-from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.prompt_files import read_prompts
+from crystallm_jax.sampling.requests import GenerationRequest
 
 LEVELS = ("none", "syntax", "composition", "symmetry")
 # One of each of the common families: halides, oxides, intermetallics, semiconductors, a few with four elements.
@@ -56,32 +55,14 @@ COMPOSITIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A way to sample.
-
-    Attributes:
-        constrain: level, or `none`.
-        jump_from: shortest run of forced tokens that is read at once, or `none`.
-    """
-
-    constrain: str
-    jump_from: str
-
-    def request(self, *, num_samples: int, batch_size: int, seed: int) -> GenerationRequest:
-        """As the model is asked."""
-        return GenerationRequest(
-            num_samples=num_samples,
-            batch_size=batch_size,
-            seed=seed,
-            constrain=None if self.constrain == "none" else self.constrain,  # type: ignore[arg-type]
-            jump_from=None if self.jump_from == "none" else int(self.jump_from),
-        )
-
-
-def settings_of(levels: Sequence[str], jumps: Sequence[str]) -> list[Setting]:
-    """Every level with every way to jump; without a constraint nothing is forced, so that there is one way."""
-    return [Setting(level, jump) for level in levels for jump in (jumps if level != "none" else ("none",))]
+def request_of(level: str, options: argparse.Namespace, *, seed: int) -> GenerationRequest:
+    """How the model is asked for samples that are held to a level, or to nothing: `none`."""
+    return GenerationRequest(
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        seed=seed,
+        constrain=None if level == "none" else level,  # type: ignore[arg-type]
+    )
 
 
 def run(
@@ -114,17 +95,14 @@ def run(
     return found
 
 
-def reduced(
-    setting: Setting, runs: Sequence[dict[str, float]], compile_s: float, late: int
-) -> dict[str, Any]:
-    """A row of the report from a setting's runs."""
+def reduced(level: str, runs: Sequence[dict[str, float]], compile_s: float, late: int) -> dict[str, Any]:
+    """A row of the report from a level's runs."""
 
     def median(amount: str, seconds: str) -> float:
         return statistics.median(one[amount] / one[seconds] for one in runs)
 
     row: dict[str, Any] = {
-        "constrain": setting.constrain,
-        "jump_from": setting.jump_from,
+        "constrain": level,
         "tokens_per_s": median("tokens", "seconds"),
         "finished_per_s": median("finished", "seconds"),
         "finished": sum(one["finished"] for one in runs) / sum(one["samples"] for one in runs),
@@ -142,55 +120,46 @@ def reduced(
 def measure(
     model: CrystalModel,
     prompts: Sequence[str],
-    ways: Sequence[Setting],
+    levels: Sequence[str],
     *,
     options: argparse.Namespace,
     judge: Callable[[Sample], Any] | None,
 ) -> list[dict[str, Any]]:
-    """Warm up, then sample in turns; the seeds are those of the rounds, the same for every way."""
+    """Warm up, then sample in turns; the seeds are those of the rounds, the same for every level."""
     clock = CompileClock()
-    runs: dict[Setting, list[dict[str, float]]] = {way: [] for way in ways}
-    compile_s, late = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
+    runs: dict[str, list[dict[str, float]]] = {level: [] for level in levels}
+    compile_s, late = dict.fromkeys(levels, 0.0), dict.fromkeys(levels, 0)
     for turn in range(options.rounds + 1):
-        for way in ways:
+        for level in levels:
             seconds, compilations = clock.seconds, clock.compilations
-            request = way.request(
-                num_samples=options.num_samples,
-                batch_size=options.batch_size,
-                seed=max(turn - 1, 0) + options.seed,
-            )
+            request = request_of(level, options, seed=max(turn - 1, 0) + options.seed)
             found = run(model, prompts, request, judge)
             if turn == 0:
-                compile_s[way] = clock.seconds - seconds
+                compile_s[level] = clock.seconds - seconds
             else:
-                runs[way].append(found)
-                late[way] += clock.compilations - compilations
-    return [reduced(way, runs[way], compile_s[way], late[way]) for way in ways]
+                runs[level].append(found)
+                late[level] += clock.compilations - compilations
+    return [reduced(level, runs[level], compile_s[level], late[level]) for level in levels]
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Add to every row its rate over that of the first, and over the same constraint's without jumping ahead."""
-    unjumped = {row["constrain"]: row for row in rows if row["jump_from"] == "none"}
+    """Add to every row its rate over that of the first."""
     for row in rows:
         row["times_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        if row["constrain"] in unjumped:
-            row["times_unjumped"] = row["tokens_per_s"] / unjumped[row["constrain"]]["tokens_per_s"]
 
 
 def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
-    unjumped = f"{row['times_unjumped']:.2f}" if "times_unjumped" in row else ""
     valid = f"{row['valid']:8.1%} {row['valid_per_s']:8.2f}" if "valid" in row else f"{'':8} {'':8}"
     late = "" if not row["compilations_in_runs"] else f" +{row['compilations_in_runs']} in runs"
     return (
-        f"{row['constrain']:12}{row['jump_from']:>5} {row['tokens_per_s']:9,.0f} {row['times_first']:8.2f}"
-        f" {unjumped:>11}"
+        f"{row['constrain']:12} {row['tokens_per_s']:9,.0f} {row['times_first']:8.2f}"
         f" {row['tokens_per_sample']:13.0f} {row['finished']:8.1%} {row['finished_per_s']:10.2f} {valid}"
         f" {row['compile_s']:6.1f} s{late}"
     )
 
 
-HEAD = "constrain    jump  tokens/s  × first  × unjumped tokens/sample finished finished/s    valid  valid/s  compile"
+HEAD = "constrain     tokens/s  × first tokens/sample finished finished/s    valid  valid/s  compile"
 
 
 def parse() -> argparse.Namespace:
@@ -206,9 +175,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="rows decoded together (%(default)s)")
     parser.add_argument(
         "--constrain", type=listed(str), default=LEVELS, help=f"of {','.join(LEVELS)}, by commas (all)"
-    )
-    parser.add_argument(
-        "--jump", type=listed(str), default=("16", "none"), help="shortest runs to jump over (16,none)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="counted runs of each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first round (%(default)s)")
@@ -230,14 +196,17 @@ def main() -> int:
         found = [prompt.text for prompt in read_prompts(options.prompts)] if options.prompts else None
         prompts = (found or [make_prompt(composition) for composition in COMPOSITIONS])[: options.limit]
         model = load_model(options.model, dtype=options.dtype)
-        ways = settings_of(options.constrain, options.jump)
         if options.valid:
             with ValidatorPool(options.workers) as pool:
                 rows = measure(
-                    model, prompts, ways, options=options, judge=lambda sample: pool.submit(sample.cif)
+                    model,
+                    prompts,
+                    options.constrain,
+                    options=options,
+                    judge=lambda sample: pool.submit(sample.cif),
                 )
         else:
-            rows = measure(model, prompts, ways, options=options, judge=None)
+            rows = measure(model, prompts, options.constrain, options=options, judge=None)
     except CrystallmError as error:
         print(f"benchmarks/sampling_trained.py: {error}", file=sys.stderr)
         return 1

@@ -8,17 +8,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
+from crystallm_jax.errors import ModelError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.config import DType
-from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt
+from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt, encode_text
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.constrain import Level
-from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
+from crystallm_jax.sampling.generate import generate
 from crystallm_jax.sampling.methods import SamplingMethod
-from crystallm_jax.sampling.orders import Orders
+from crystallm_jax.sampling.requests import Completion, GenerationRequest, Orders
+from crystallm_jax.sampling.score import score_texts
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
 
@@ -103,6 +106,38 @@ class CrystalModel(LoadedModel):
         )
         for batch in batches:
             yield [self._sample(completion) for completion in batch]
+
+    def token_log_probs(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Log-probability of each token of a text but the first, given those before it: float64 [T - 1], in nats.
+
+        Args:
+            texts: of the dialect, as `stream_text` gives them and samples have them in `.text`.
+
+        Raises:
+            ModelError: a text that is none of the dialect, or longer than the context.
+        """
+        encoded = [encode_text(text, self.tokenizer) for text in texts]
+        return score_texts(self.config, self.params, encoded)
+
+    def log_prob(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> np.ndarray:
+        """Natural log of each text's probability, float64 [N].
+
+        Args:
+            texts: as `token_log_probs` takes them.
+            prompts: what each text begins with and is given, so that it does not count; None counts all but `data_`.
+
+        Raises:
+            ModelError: as `token_log_probs`; or a prompt that its text does not begin with.
+        """
+        scored = self.token_log_probs(texts)
+        counted = [1] * len(texts)
+        if prompts is not None:
+            for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+                given, ids = (encode_text(part, self.tokenizer) for part in (prompt, text))
+                if not np.array_equal(given, ids[: len(given)]):
+                    raise ModelError(f"text {number} does not begin with its prompt {prompt[:40]!r}")
+                counted[number] = len(given)
+        return np.array([row[count - 1 :].sum() for row, count in zip(scored, counted, strict=True)])
 
     def _sample(self, completion: Completion) -> Sample:
         return Sample(text=self.tokenizer.decode(completion.token_ids), **completion._asdict())

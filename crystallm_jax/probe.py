@@ -16,7 +16,8 @@ from crystallm_jax.evaluation import ValidatorPool
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.model.layout import unstacked
 from crystallm_jax.processes import usable_cores
-from crystallm_jax.sampling.generate import GenerationRequest, default_batch_size, generate
+from crystallm_jax.sampling.generate import default_batch_size, generate
+from crystallm_jax.sampling.requests import GenerationRequest
 from crystallm_jax.training.config import TrainConfig
 
 _HELD_OUT = "val"

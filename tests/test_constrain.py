@@ -37,16 +37,13 @@ from crystallm_jax.sampling.constrain import (
     advance,
     allowed,
     idle_state,
-    run_length,
-    run_tokens,
-    skip,
 )
 from crystallm_jax.sampling.constrain.nodes import Node
 
 LEVELS = ("syntax", "composition", "symmetry")
 LIMIT = 1024
 # Rows and steps of the one compiled function that all tests share.
-ROWS, STEPS, AHEAD = 24, 256, 8
+ROWS, STEPS = 24, 256
 COMPOSITIONS = (
     "Na4Cl4", "Sr1Ti1O3", "Si8", "H1", "Ca4P4H4O16", "Ce4Cu4Si8", "Lu3Tl3S6", "He12Si12O24", "Cu1Ag1Si1Ni1",
     "K4Al12Si12O48", "Ba2Y1Cu3O7", "C60", "Th12Co28", "Fe4Co2Si2", "U1", "Mg2Si2", "Ag8Cu4Si4Ge8", "Li1Fe1P1O4",
@@ -91,40 +88,14 @@ COORDINATE = r"(?:0\.\d{4}|1\.0000|-0\.0000)"
 SITE = re.compile(rf"([A-Z][a-z]?) \1(\d+) ([1-9]\d*) ({COORDINATE}) ({COORDINATE}) ({COORDINATE}) 1\.0")
 
 
-# From behind the space group of P222 on.
-_BODY = """{head}_cell_angle_alpha 90.0000
-_cell_angle_beta 90.0000
-_cell_angle_gamma 90.0000
-_symmetry_Int_Tables_number 16
-_chemical_formula_structural Na13Cl
-_chemical_formula_sum 'Na52 Cl4'
-_cell_volume 125.0000
-_cell_formula_units_Z 4
-loop_
-_symmetry_equiv_pos_site_id
-_symmetry_equiv_pos_as_xyz
-1 'x, y, z'
-loop_
-_atom_site_type_symbol
-_atom_site_label
-_atom_site_symmetry_multiplicity
-_atom_site_fract_x
-_atom_site_fract_y
-_atom_site_fract_z
-_atom_site_occupancy
-{rows}"""
-
-
 class Play(NamedTuple):
-    """What happened to a batch, step by step: all but the state are [T, B] or [T, B, AHEAD]."""
+    """What happened to a batch, step by step: all but the state are [T, B]."""
 
     state: AutomatonState
     token: np.ndarray
     live: np.ndarray
     choices: np.ndarray
     in_mask: np.ndarray
-    run: np.ndarray
-    ahead: np.ndarray
 
 
 @cache
@@ -150,16 +121,9 @@ def _steps(
         token = jnp.where(given[:, t] >= 0, given[:, t], drawn).astype(jnp.int32)
         live = (t < stop) & ~state.waiting & (state.node != Node.DONE)
         in_mask = jnp.take_along_axis(mask, token[:, None], axis=1)[:, 0]
-        seen = (token, live, mask.sum(axis=1), in_mask, run_length(automaton, state))
-        ahead = run_tokens(automaton, state, AHEAD)
-        return advance(automaton, state, token, live), (*seen, ahead)
+        return advance(automaton, state, token, live), (token, live, mask.sum(axis=1), in_mask)
 
     return jax.lax.scan(step, state, jnp.arange(STEPS))
-
-
-_skip = jax.jit(skip, static_argnums=0)
-_run_length = jax.jit(run_length, static_argnums=0)
-_run_tokens = jax.jit(run_tokens, static_argnums=(0, 2))
 
 
 def _play(
@@ -342,17 +306,7 @@ def test_real_crystals_are_accepted_token_by_token(level: str) -> None:
         played = _play(automaton, state, given=given, stop=stop)
         state = played.state
         assert (played.in_mask | ~played.live).all()
-        _check_runs(played)
     assert (np.asarray(state.node) == Node.DONE).all()
-
-
-def _check_runs(played: Play) -> None:
-    """The tokens of a run are those that came, and where it runs there is no choice."""
-    for t, b in zip(*np.nonzero(played.live & (played.run > 0)), strict=True):
-        assert played.choices[t, b] == 1
-        run = min(AHEAD, played.run[t, b], STEPS - t)
-        came = played.token[t : t + run, b][played.live[t : t + run, b]]
-        assert played.ahead[t, b][: len(came)].tolist() == came.tolist()
 
 
 def test_the_space_group_of_a_real_crystal_may_be_drawn() -> None:
@@ -363,78 +317,29 @@ def test_the_space_group_of_a_real_crystal_may_be_drawn() -> None:
         assert (plan.state.groups[group // 32] >> (group % 32)) & 1
 
 
-def test_skipping_a_run_is_reading_it() -> None:
-    automaton = Automaton("symmetry")
-    groups = ["Fm-3m", "I4/mmm", "P-62m", "R-3m", "Pnma", "C2/m"]
-    prompts = [make_prompt("Na24Cl24", group) for group in groups]
-    plans = [automaton.plan(_tokenizer().encode_cif(prompt), limit=LIMIT) for prompt in prompts]
-    state = _batch(plans)
-    # To after the first cell length: 5.6400 or 12.6400, whose repetitions are forced in most of the groups.
-    for edge in ("5.6400", "12.6400"):
-        ids = _tokenizer().encode_cif(edge)
-        given = np.full((ROWS, STEPS), -1)
-        given[:, : len(ids)] = ids
-        at_run = _play(automaton, state, given=given, stop=np.full(ROWS, len(ids))).state
-        run = np.asarray(_run_length(automaton, at_run))
-        tokens = np.asarray(_run_tokens(automaton, at_run, STEPS))
-        assert (
-            _tokenizer()
-            .decode(tokens[0, : run[0]])
-            .startswith(f"\n_cell_length_b {edge}\n_cell_length_c {edge}\n")
-        )
-        assert _tokenizer().decode(tokens[1, : run[1]]) == f"\n_cell_length_b {edge}\n_cell_length_c "
-        assert _tokenizer().decode(tokens[4, : run[4]]) == "\n_cell_length_b "
-        read = _play(automaton, at_run, given=tokens, stop=run).state
-        skipped = _skip(automaton, at_run, jnp.asarray(run))
-        jax.tree.map(np.testing.assert_array_equal, read, skipped)
-        half = run // 2
-        twice = _skip(automaton, _skip(automaton, at_run, jnp.asarray(half)), jnp.asarray(run - half))
-        jax.tree.map(np.testing.assert_array_equal, read, twice)
-
-
-@pytest.mark.parametrize("level", ["syntax", "symmetry"])
-def test_skipping_to_the_next_multiplicity_is_reading_it(level: str) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_forced_leads_from_the_start_of_a_plan_to_its_end(level: str) -> None:
     automaton = Automaton(level)
-    text = "Na Na{} 4 0.1000 0.2000 0.{:04} 1.0\n"
-    prompt = make_prompt("Na52Cl4", "P222")
-    rows = "".join(text.format(n, n) for n in range(13)) + "Cl Cl13 4 0.3000 0.2000 0.1000 1.0\n\n"
-    head = "_cell_length_a 5.0000\n_cell_length_b 5.0000\n_cell_length_c 5.0000\n"
-    plan = automaton.plan(_tokenizer().encode_cif(prompt), limit=LIMIT)
-    body = _BODY.format(head=head, rows=rows)
-    ids = _tokenizer().encode_cif(body)[len(plan.forced) :]
-    state = _batch([plan])
-    # Each row stops at another token of the row whose label has two digits, or of the last.
-    ends = np.array(
-        [
-            len(_tokenizer().encode_cif(body.split(mark)[0])) - len(plan.forced)
-            for mark in ("Na Na10", "Cl Cl13", "Cl Cl13 4")
-        ]
-    )
-    stop = ends[np.arange(ROWS) % 3] + np.arange(ROWS) // 3 - 5 + 30 * (np.arange(ROWS) % 3 == 2)
-    whole = np.full((ROWS, -(-len(ids) // STEPS) * STEPS), -1)
-    whole[:, : len(ids)] = ids
-    for first in range(0, whole.shape[1], STEPS):
-        played = _play(
-            automaton, state, given=whole[:, first : first + STEPS], stop=np.clip(stop - first, 0, STEPS)
-        )
-        assert (played.in_mask | ~played.live).all()
-        state = played.state
-    run = np.asarray(_run_length(automaton, state))
-    tokens = np.asarray(_run_tokens(automaton, state, STEPS))
-    for count in (run, run // 2, np.minimum(run, 1)):
-        read = _play(automaton, state, given=tokens, stop=count).state
-        skipped = _skip(automaton, state, jnp.asarray(count))
-        jax.tree.map(np.testing.assert_array_equal, read, skipped)
-    assert run.max() >= (5 if level == "syntax" else 11)
-    for b in np.flatnonzero(run):
-        assert tokens[b, : run[b]].tolist() == whole[b, stop[b] : stop[b] + run[b]].tolist()
+    texts = [make_prompt("Na4Cl4"), make_prompt("Na4Cl4", "Fm-3m"), "data_"]
+    plans = [automaton.plan(_tokenizer().encode_cif(text), limit=LIMIT) for text in texts]
+    counts = [len(plan.forced) for plan in plans]
+    assert counts[0] > 5 > counts[2]
+    given, stop = np.full((ROWS, STEPS), -1), np.zeros(ROWS, int)
+    stop[: len(counts)] = counts
+    starts = [plan._replace(state=plan.start) for plan in plans]
+    played = _play(automaton, _batch(starts), given=given, stop=stop)
+    for b, plan in enumerate(plans):
+        # Whatever is drawn: there is one choice.
+        assert played.token[: counts[b], b].tolist() == plan.forced.tolist()
+        assert (played.choices[: counts[b], b] == 1).all()
+        came = jax.tree.map(lambda leaf, b=b: np.asarray(leaf[b]), played.state)
+        jax.tree.map(np.testing.assert_array_equal, came, plan.state)
 
 
 def test_rows_that_are_idle_stay_so() -> None:
     automaton = Automaton("symmetry")
     state = idle_state(automaton, ROWS)
     assert not np.asarray(state.waiting).any()
-    assert (np.asarray(_run_length(automaton, state)) == 0).all()
     played = _play(automaton, state)
     assert not played.live.any()
     assert (played.choices == 1).all()

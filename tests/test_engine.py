@@ -16,10 +16,10 @@ from crystallm_jax.model import GPT, ModelConfig
 from crystallm_jax.sampling import reader
 from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.engine import Engine
-from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
+from crystallm_jax.sampling.generate import generate
 from crystallm_jax.sampling.methods import SamplingMethod
-from crystallm_jax.sampling.orders import EverySample, Orders, Wanted
 from crystallm_jax.sampling.pool import Pool
+from crystallm_jax.sampling.requests import Completion, EverySample, GenerationRequest, Orders, Wanted
 
 # The shapes and batches of tests/test_sampling.py, so that the two share what is compiled.
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=12)
@@ -132,9 +132,10 @@ def _watch(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
         ended = finish(engine)
         _check_book(engine._pool)
         for place, row in enumerate(engine._rows):
-            # Whatever a row has read stands in its pages: all of its tokens.
+            # Whatever a row has read stands in its pages: all of its tokens, at the latest a step later.
             positions = int(engine._pool.fill_of(engine._pool.pages_of(place)).sum())
-            assert positions == (0 if row is None else engine._lengths[place])
+            assert positions == (0 if row is None else engine._read[place])
+            assert 0 <= engine._length[place] - engine._read[place] <= 1
         steps.append(engine)
         return ended
 
@@ -195,31 +196,32 @@ def test_a_row_that_ends_makes_room_at_once(
     made: Made, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = _watch(monkeypatch)
-    # One that fills the context from a short prompt takes four rounds; beside it, four at a time, twelve of one.
+    # One that fills the context from a short prompt takes four rounds; beside it, four at a time, twelve of one: a
+    # step that reads the newest token of the prompt, and fifteen that draw.
     names = [name for name, row in made.items() if not row.finished and len(row.token_ids) == 65]
     prompt, sample = min(names, key=lambda name: len(PROMPTS[name[0]]))
-    short = [Wanted(prompt, number, 16) for number in range(20) if number != sample][:12]
+    short = [Wanted(prompt, number, 15) for number in range(20) if number != sample][:12]
     _make(params, _Listed([Wanted(prompt, sample), *short]))
-    assert len(steps) == -(-(CONFIG.block_size + 1 - len(PROMPTS[prompt])) // 16)
+    assert len(steps) == -(-(CONFIG.block_size + 2 - len(PROMPTS[prompt])) // 16)
 
 
 def test_prompts_are_read_once_for_all_their_samples(
     made: Made, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, readings = reader.read_texts, []
+    read, readings = reader._read_columns, []
 
     def counted(*given: Any, **named: Any) -> Any:
-        readings.append(int((named["columns"].text < len(named["columns"].last)).sum()))
+        readings.append(int((named["columns"].text < len(named["columns"].first)).sum()))
         return read(*given, **named)
 
-    monkeypatch.setattr(reader, "read_texts", counted)
+    monkeypatch.setattr(reader, "_read_columns", counted)
     of_one = [one for one in WANTED if one.prompt_index == 3]
     assert _tokens(_make(params, _Listed(of_one))) == {one[:2]: made[one[:2]].token_ids for one in of_one}
-    assert readings == [17]
-    # The first and the last prompt are the same tokens.
+    assert readings == [16]
+    # All but the last token of each; the first and the last prompt are the same tokens.
     readings.clear()
     assert _tokens(_make(params, _Listed(WANTED))) == _tokens(made)
-    assert readings == [9 + 3 + 40 + 17]
+    assert readings == [8 + 2 + 39 + 16]
 
 
 def test_orders_that_give_nothing_are_waited_for_when_nothing_is_being_made(
@@ -352,11 +354,11 @@ def test_what_the_prompt_holds_cannot_be_excluded_where_it_is_constrained(model:
         next(model.generate_batches([make_prompt("Na4Cl4")], request))
 
 
-def test_reading_what_is_forced_at_once_changes_no_sample(
+def test_held_to_symmetry_the_batch_changes_no_sample(
     held: dict[tuple[int, int], cl.Sample], model: cl.CrystalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = _watch(monkeypatch)
-    alone = _constrained(model, jump_from=None, batch_size=4)
+    alone = _constrained(model, batch_size=4)
     assert alone.keys() == held.keys()
     for name, row in alone.items():
         assert row.token_ids == held[name].token_ids

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -12,9 +13,7 @@ import pytest
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.columns import attend_columns
 from crystallm_jax.model.inference import Weights, prepare_weights, read_columns
-from crystallm_jax.sampling.devices import Placement
-from crystallm_jax.sampling.pool import Pool
-from crystallm_jax.sampling.reader import Piece, Read, read_pieces
+from crystallm_jax.sampling.reader import Read, read_texts
 
 PLAIN = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=371)
 BIASED = dataclasses.replace(PLAIN, bias=True)
@@ -72,8 +71,8 @@ def _whole(config: ModelConfig, params: Any, texts: np.ndarray) -> np.ndarray:
 def _side_by_side(
     config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, text: jax.Array
 ) -> jax.Array:
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend_columns(q, k, v, layer=layer, text=text, before=None)
+    def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend_columns(q, k, v, text=text)
 
     return read_columns(config, weights, tokens, positions, attend=attend)
 
@@ -123,86 +122,33 @@ def test_what_a_step_reads_is_counted(weights: Weights) -> None:
     assert weights.nbytes == 4 * (V * D + L * (12 * D * D + 13 * D))
 
 
-def _pool(rows: int, dtype: str = "float32") -> Pool:
-    return Pool(BIASED, rows, size=16, dtype=dtype, placement=Placement((jax.devices()[0],)))
+def _read(weights: Weights, texts: list[np.ndarray]) -> list[Read]:
+    return list(chain.from_iterable(read_texts(BIASED, weights, texts, page=16, dtype="float32")))
 
 
-def _read(
-    weights: Weights, pieces: list[Piece], pool: Pool, *, config: ModelConfig = BIASED, dtype: str = "float32"
-) -> list[Read]:
-    """Read pieces of rows 0, 1, ... of the pool, which are given their pages."""
-    reads = read_pieces(config, weights, pieces, pool=pool, dtype=dtype)
-    for row, read in enumerate(reads):
-        pool.put(read.reading.pages, read.pages, pool.assign(row, read.fills))
-    return reads
-
-
-def _last_logits(reads: list[Read]) -> np.ndarray:
-    return np.stack([read.reading.logits[read.number] for read in reads])
-
-
-def test_pieces_give_the_logits_that_follow_them_and_their_log_probability(
+def test_texts_that_are_read_have_pages_and_the_log_probabilities_of_their_tokens(
     weights: Weights, full: np.ndarray, texts: np.ndarray
 ) -> None:
-    scored = (0, 0, 12, 6)
-    pieces = [
-        Piece(texts[i, :n], 0, count, None) for i, (n, count) in enumerate(zip(LENGTHS, scored, strict=True))
-    ]
-    reads = _read(weights, pieces, _pool(4))
-    # All in one reading; each with as many positions as tokens.
+    reads = _read(weights, [texts[i, :n] for i, n in enumerate(LENGTHS)])
+    # All in one reading; each with as many positions as tokens but the last.
     assert len({id(read.reading) for read in reads}) == 1
-    assert [sum(read.fills) for read in reads] == list(LENGTHS)
-    assert reads[0].fills == [16, 4]
-    np.testing.assert_allclose(
-        _last_logits(reads), [full[i, n - 1] for i, n in enumerate(LENGTHS)], rtol=0, atol=TOLERANCE
-    )
+    assert [sum(read.fills) for read in reads] == [n - 1 for n in LENGTHS]
+    assert reads[0].fills == [16, 3]
     log_probs = np.asarray(jax.nn.log_softmax(full))
-    for i, (n, count) in enumerate(zip(LENGTHS, scored, strict=True)):
-        targets = np.arange(n - count, n)
-        expected = log_probs[i, targets - 1, texts[i, targets]].sum()
-        assert float(reads[i].reading.log_prob[reads[i].number]) == pytest.approx(expected, abs=1e-4)
+    for i, (read, n) in enumerate(zip(reads, LENGTHS, strict=True)):
+        expected = log_probs[i, np.arange(n - 1), texts[i, 1:n]]
+        np.testing.assert_allclose(read.reading.log_probs[read.number, 1:n], expected, rtol=0, atol=1e-4)
 
 
-def test_pieces_go_on_from_pages(weights: Weights, full: np.ndarray, texts: np.ndarray) -> None:
-    pool = _pool(4)
-    starts = np.array([20, 1, 33, 7])
-    _read(weights, [Piece(texts[i, :n], 0, 0, None) for i, n in enumerate(starts)], pool)
-    # Twice, so that pages with few positions stand in the middle; to the end of the context in one row.
-    for counts in ([5, 17, 1, 2], [39, 1, 16, 9]):
-        ends = starts + counts
-        pieces = [
-            Piece(texts[i, start:end], int(start), int(end - start) - 1, i)
-            for i, (start, end) in enumerate(zip(starts, ends, strict=True))
-        ]
-        reads = _read(weights, pieces, pool)
-        np.testing.assert_allclose(_last_logits(reads), full[np.arange(4), ends - 1], rtol=0, atol=TOLERANCE)
-        log_probs = np.asarray(jax.nn.log_softmax(full))
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            # Of all but the first, whose logits were there before.
-            targets = np.arange(start + 1, end)
-            expected = log_probs[i, targets - 1, texts[i, targets]].sum()
-            assert float(reads[i].reading.log_prob[reads[i].number]) == pytest.approx(expected, abs=1e-4)
-        starts = ends
-    assert [int(pool.fill_of(pool.pages_of(row)).sum()) for row in range(4)] == starts.tolist()
-
-
-def test_pages_of_bfloat16_are_near(weights: Weights, full: np.ndarray, texts: np.ndarray) -> None:
-    pool = _pool(4, "bfloat16")
-    _read(weights, [Piece(texts[i, :n], 0, 0, None) for i, n in enumerate(LENGTHS)], pool, dtype="bfloat16")
-    pieces = [Piece(texts[i, n : n + 9], n, 8, i) for i, n in enumerate(LENGTHS)]
-    found = _last_logits(_read(weights, pieces, pool, dtype="bfloat16"))
-    error = np.abs(found - [full[i, n + 8] for i, n in enumerate(LENGTHS)])
-    assert 1e-4 < error.max() < 0.03 * full.std()
-
-
-def test_many_pieces_are_read_in_several_readings_in_their_order(
+def test_many_texts_are_read_in_several_readings_in_their_order(
     weights: Weights, full: np.ndarray, texts: np.ndarray
 ) -> None:
-    lengths = [60, 64, 1, 60, 3, 64, 10]
-    pieces = [Piece(texts[i % 4, :n], 0, 0, None) for i, n in enumerate(lengths)]
-    reads = _read(weights, pieces, _pool(8))
+    lengths = [60, 64, 1, 60, 3, 64, 20]
+    reads = _read(weights, [texts[i % 4, :n] for i, n in enumerate(lengths)])
     groups = [id(read.reading) for read in reads]
     assert len(set(groups)) == 2
     assert groups == sorted(groups, key=groups.index)
-    expected = [full[i % 4, n - 1] for i, n in enumerate(lengths)]
-    np.testing.assert_allclose(_last_logits(reads), expected, rtol=0, atol=TOLERANCE)
+    log_probs = np.asarray(jax.nn.log_softmax(full))
+    for i, (read, n) in enumerate(zip(reads, lengths, strict=True)):
+        expected = log_probs[i % 4, np.arange(n - 1), texts[i % 4, 1:n]]
+        np.testing.assert_allclose(read.reading.log_probs[read.number, 1:n], expected, rtol=0, atol=1e-4)

@@ -27,11 +27,10 @@ from crystallm_jax.portable.sampling import (
     sample_keys,
 )
 from crystallm_jax.portable.threefry import bits, fold_in, gumbel, root_key, uniform
-from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.keys import PromptKeys
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.methods import draw as jax_draw
-from crystallm_jax.sampling.orders import Wanted
+from crystallm_jax.sampling.requests import GenerationRequest, Wanted
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=12, vocab_size=7, bias=True)
 NEWLINE = 3

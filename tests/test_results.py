@@ -24,10 +24,9 @@ from crystallm_jax.model import ModelConfig
 from crystallm_jax.processes import Interruption, TerminatedError
 from crystallm_jax.results import ResultsFolder, Summary, sample_into
 from crystallm_jax.samples import Sample
-from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.methods import SamplingMethod
-from crystallm_jax.sampling.orders import Orders
 from crystallm_jax.sampling.prompts import Prompt
+from crystallm_jax.sampling.requests import GenerationRequest, Orders
 
 COLUMNS = [
     "id",

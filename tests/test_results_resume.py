@@ -20,9 +20,8 @@ from crystallm_jax.evaluation.report import Judgement, ValidityReport
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.results import ResultsFolder, Summary, ValidTarget, sample_into
 from crystallm_jax.samples import Sample
-from crystallm_jax.sampling.generate import GenerationRequest
-from crystallm_jax.sampling.orders import Orders, Wanted
 from crystallm_jax.sampling.prompts import Prompt
+from crystallm_jax.sampling.requests import GenerationRequest, Orders, Wanted
 
 PROMPTS = [Prompt(f"p{n}", "data_\n" if n else "data_Na1Cl1\n") for n in range(4)]
 REQUEST = GenerationRequest(num_samples=5, seed=3)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from crystallm_jax.sampling.orders import EverySample, Wanted
+from crystallm_jax.sampling.requests import EverySample, Wanted
 from crystallm_jax.sampling.rounds import all_rounds
 
 

@@ -14,9 +14,11 @@ from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.sampling.decode import decoder, read_texts
-from crystallm_jax.sampling.generate import Completion, GenerationRequest, generate
+from crystallm_jax.sampling import reader
+from crystallm_jax.sampling.decode import decoder
+from crystallm_jax.sampling.generate import generate
 from crystallm_jax.sampling.methods import SamplingMethod, filtered_logits
+from crystallm_jax.sampling.requests import Completion, GenerationRequest
 
 GREEDY = SamplingMethod(top_k=1)
 DRAWN = SamplingMethod(temperature=0.8, top_k=10)
@@ -128,7 +130,6 @@ def _texts(completions: list[Completion]) -> list[tuple[int, ...]]:
         {"num_samples": 0},
         {"batch_size": 0},
         {"max_new_tokens": 0},
-        {"jump_from": 0},
         {"overflow": "wrap"},
         {"seed": -1},
         {"seed": 2**32},
@@ -160,7 +161,7 @@ def test_rows_slide_beside_rows_that_are_done(params: dict[str, Any]) -> None:
 
 def test_long_texts_take_one_compiled_reading_and_step() -> None:
     params = _random_params(LONG, 2)
-    before = read_texts._cache_size(), decoder("cpu")._cache_size()
+    before = reader._read_columns._cache_size(), decoder("cpu")._cache_size()
     prompts = [np.arange(5) * 31 + 9, *(np.arange(n) * 13 % 371 for n in (20, 33))]
     for row in _complete(LONG, params, prompts, batch_size=4):
         tokens = np.array(row.token_ids)
@@ -169,10 +170,16 @@ def test_long_texts_take_one_compiled_reading_and_step() -> None:
         first = len(prompts[row.prompt_index])
         assert tokens[first:].tolist() == best[first - 1 :].tolist()
     # One reading, of 64 columns.
-    assert (read_texts._cache_size() - before[0], decoder("cpu")._cache_size() - before[1]) == (1, 1)
+    assert (reader._read_columns._cache_size() - before[0], decoder("cpu")._cache_size() - before[1]) == (
+        1,
+        1,
+    )
     other = [prompts[1][:19], prompts[0] + 1, prompts[2] + 1]
     _complete(LONG, params, other, seed=3, batch_size=4, max_new_tokens=LONG.block_size - 50)
-    assert (read_texts._cache_size() - before[0], decoder("cpu")._cache_size() - before[1]) == (1, 1)
+    assert (reader._read_columns._cache_size() - before[0], decoder("cpu")._cache_size() - before[1]) == (
+        1,
+        1,
+    )
 
 
 def test_golden_greedy_tokens(golden: Path) -> None:

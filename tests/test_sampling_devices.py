@@ -15,7 +15,7 @@ from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.model.inference import prepare_weights
 from crystallm_jax.sampling.devices import Placement, placements
-from crystallm_jax.sampling.generate import GenerationRequest
+from crystallm_jax.sampling.requests import GenerationRequest
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(n_layer=1, n_head=4, n_embd=32, block_size=48, vocab_size=29)

@@ -21,10 +21,10 @@ from crystallm_jax.errors import ModelError, SamplingError
 from crystallm_jax.evaluation import ValidatorPool
 from crystallm_jax.results import ResultsFolder, sample_into
 from crystallm_jax.sampling.constrain import Automaton, Level
-from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.prompt_files import read_prompts
 from crystallm_jax.sampling.prompts import Prompt, unique_ids
+from crystallm_jax.sampling.requests import GenerationRequest
 from crystallm_jax.training.evaluate import FilesLoss, loss_of_files
 from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.stop import StopRequest

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import crystallm_jax
 from crystallm_jax.cli import compile as compile_verb
-from crystallm_jax.cli import convert, download, embeddings, info, prepare, sample, train
+from crystallm_jax.cli import convert, download, embeddings, info, prepare, sample, score, train
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.processes import TerminatedError
 
-VERBS = (prepare, info, train, sample, compile_verb, convert, download, embeddings)
+VERBS = (prepare, info, train, sample, score, compile_verb, convert, download, embeddings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

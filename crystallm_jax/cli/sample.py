@@ -12,8 +12,8 @@ from crystallm_jax.cli.sample_prompts import PROMPT_HELP, add_prompt_flags, posi
 
 if TYPE_CHECKING:
     from crystallm_jax.results import Summary, ValidTarget
-    from crystallm_jax.sampling.generate import GenerationRequest
     from crystallm_jax.sampling.prompts import Prompt
+    from crystallm_jax.sampling.requests import GenerationRequest
 
 _MOST_NAMED = 10
 
@@ -231,9 +231,9 @@ def _check_own_numbers(arguments: argparse.Namespace, prompts: "Sequence[Prompt]
 
 
 def _request(arguments: argparse.Namespace) -> "GenerationRequest":
-    from crystallm_jax.sampling.generate import GenerationRequest  # noqa: PLC0415
     from crystallm_jax.sampling.methods import SamplingMethod  # noqa: PLC0415
     from crystallm_jax.sampling.prompts import excluded_ids  # noqa: PLC0415
+    from crystallm_jax.sampling.requests import GenerationRequest  # noqa: PLC0415
 
     return GenerationRequest(
         method=SamplingMethod(

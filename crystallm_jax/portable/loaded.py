@@ -64,10 +64,27 @@ def encode_prompt(prompt: str, tokenizer: CIFTokenizer) -> np.ndarray:
     if not prompt.startswith("data_"):
         raise SamplingError(f"prompt {prompt[:40]!r} does not begin with data_: make it with make_prompt")
     ids = tokenizer.encode_cif(prompt)
-    # The tokenizer skips characters that it does not know: such a prompt would be another one.
-    kept = tokenizer.decode(ids) == re.sub(r"[ \t]+", " ", prompt)
-    if not kept or (ids == tokenizer.unk_id).any():
+    if not _is_whole(ids, prompt, tokenizer):
         raise SamplingError(
             f"prompt {prompt[:40]!r} has words or characters that the vocabulary lacks: make it with make_prompt"
         )
     return ids
+
+
+def encode_text(text: str, tokenizer: CIFTokenizer) -> np.ndarray:
+    """The ids of a text in the dialect.
+
+    Raises:
+        ModelError: it does not begin as one, or the vocabulary lacks a part of it.
+    """
+    ids = tokenizer.encode_cif(text)
+    if not text.startswith("data_") or not _is_whole(ids, text, tokenizer):
+        raise ModelError(
+            f"text {text[:40]!r} is none of the dialect: prepare it with preprocess_cif and stream_text"
+        )
+    return ids
+
+
+def _is_whole(ids: np.ndarray, text: str, tokenizer: CIFTokenizer) -> bool:
+    """Whether ids are all of a text: the tokenizer skips characters that it does not know."""
+    return tokenizer.decode(ids) == re.sub(r"[ \t]+", " ", text) and not (ids == tokenizer.unk_id).any()

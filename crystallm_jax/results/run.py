@@ -18,9 +18,8 @@ from crystallm_jax.results.summary import Session, Summary, read_summary, write_
 from crystallm_jax.results.tables import Index, read_index, write_tables
 from crystallm_jax.results.targets import TargetOrders, ValidTarget
 from crystallm_jax.results.verdicts import Verdicts
-from crystallm_jax.sampling.generate import GenerationRequest
-from crystallm_jax.sampling.orders import EverySample, Orders, Wanted
 from crystallm_jax.sampling.prompts import Prompt
+from crystallm_jax.sampling.requests import EverySample, GenerationRequest, Orders, Wanted
 
 logger = logging.getLogger(__name__)
 

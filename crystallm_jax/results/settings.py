@@ -11,8 +11,8 @@ import numpy as np
 
 from crystallm_jax.api import CrystalModel
 from crystallm_jax.results.targets import ValidTarget
-from crystallm_jax.sampling.generate import GenerationRequest
 from crystallm_jax.sampling.prompts import Prompt
+from crystallm_jax.sampling.requests import GenerationRequest
 
 # Hexadecimal digits of a digest: enough to tell, few enough to read.
 _DIGITS = 16

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from crystallm_jax.errors import SamplingError
-from crystallm_jax.sampling.orders import Wanted
+from crystallm_jax.sampling.requests import Wanted
 
 # Samples for each valid one that is wanted, at most, where no limit is given.
 DEFAULT_TRIES = 50

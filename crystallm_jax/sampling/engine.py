@@ -7,6 +7,7 @@ positions. In between it sees nothing but the rows' lengths and how they stand.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import jax
@@ -15,26 +16,22 @@ import numpy as np
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.inference import Weights
 from crystallm_jax.model.pages import empty_log, log_pages
-from crystallm_jax.sampling.constrain import AutomatonState, idle_state
-from crystallm_jax.sampling.decode import NO_TOKEN, Rules, decoder
+from crystallm_jax.sampling.constrain import AutomatonState, RowPlan, idle_state
+from crystallm_jax.sampling.decode import Rules, decoder
 from crystallm_jax.sampling.devices import Placement
-from crystallm_jax.sampling.places import (
-    Forced,
-    NewRows,
-    empty_rows,
-    fill_places,
-    go_on,
-    look_ahead,
-    look_at,
-    padded,
-    padded_count,
-    padded_rows,
-)
 from crystallm_jax.sampling.pool import Pool
-from crystallm_jax.sampling.reader import Piece, Read, read_pieces
+from crystallm_jax.sampling.reader import Read, read_texts
+from crystallm_jax.sampling.rows import (
+    NewRows,
+    begin_rows,
+    empty_rows,
+    fork_rows,
+    look_at,
+    replan_rows,
+    take_rows_back,
+)
+from crystallm_jax.sampling.shapes import padded, padded_rows
 
-# Forced tokens that are read at once at most; a longer run is read in several pieces.
-_RUN = 64
 # Texts whose reading is kept for further samples of them.
 _TEXTS = 16
 
@@ -49,12 +46,14 @@ class Row(NamedTuple):
         prompt: int [T]; its tokens.
         key: uint32; the data of its key.
         limit: tokens that it may have in all.
+        returns: how often it is taken to have been taken back already.
     """
 
     name: tuple[int, int]
     prompt: np.ndarray
     key: np.ndarray
     limit: int
+    returns: int = 0
 
 
 class Ended(NamedTuple):
@@ -67,11 +66,11 @@ class Ended(NamedTuple):
     seconds: float
 
 
-class Plan(NamedTuple):
-    """How a row goes on: the tokens that must follow now, int32, and where it stands behind them."""
+class _Planned(NamedTuple):
+    """Registers of a row under constraint, and the tokens that its text had there."""
 
-    forced: np.ndarray
-    state: AutomatonState | None
+    state: AutomatonState
+    length: int
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,9 @@ class Engine:
         # Here, not at the first step: engines begin together, each in a thread of its own.
         self._decode = decoder(placement.platform)
         self._shape, self._weights = shape, placement.weights(weights)
-        config, rows = shape.config, shape.rows
-        automaton = shape.rules.automaton
-        state = empty_rows(
-            rows,
-            config.block_size + 1,
-            config.vocab_size,
-            automaton=None if automaton is None else idle_state(automaton, rows),
-        )
+        config, rows, automaton = shape.config, shape.rows, shape.rules.automaton
+        registers = None if automaton is None else idle_state(automaton, rows)
+        state = empty_rows(rows, config.block_size + 1, config.vocab_size, automaton=registers)
         self._state = jax.device_put(state, placement.whole)
         self._log = placement.made_by_heads(empty_log, config, rows, shape.page, shape.dtype)
         self._pool = Pool(
@@ -124,9 +118,11 @@ class Engine:
         )
         self._rows: list[Row | None] = [None] * rows
         self._begun = [0.0] * rows
-        self._lengths = np.zeros(rows, np.int32)
+        self._planned: list[_Planned | None] = [None] * rows
+        # Tokens of each row, and how many of them were read.
+        self._length, self._read = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         # Texts that were read, so that the samples of one prompt share its reading.
-        self._texts: dict[tuple[int, bytes], Read] = {}
+        self._texts: dict[bytes, Read] = {}
 
     @property
     def free(self) -> int:
@@ -143,34 +139,20 @@ class Engine:
         if not rows:
             return
         plans = [self._plan(row.prompt, row.limit) for row in rows]
-        texts = [np.concatenate([row.prompt, plan.forced]) for row, plan in zip(rows, plans, strict=True)]
-        reads = self._read_texts([row.prompt for row in rows], texts)
-        free = [place for place, row in enumerate(self._rows) if row is None]
-        places = free[: len(rows)]
-        for place, row, text in zip(places, rows, texts, strict=True):
-            self._rows[place], self._begun[place], self._lengths[place] = row, time.perf_counter(), len(text)
-        self._keep_pages(places, reads)
+        texts = [
+            row.prompt if plan is None else np.concatenate([row.prompt, plan.forced])
+            for row, plan in zip(rows, plans, strict=True)
+        ]
+        reads = self._read_texts(texts)
+        places = [place for place, row in enumerate(self._rows) if row is None][: len(rows)]
+        for place, row, plan, text in zip(places, rows, plans, texts, strict=True):
+            self._rows[place], self._begun[place] = row, time.perf_counter()
+            self._length[place], self._read[place] = len(text), len(text) - 1
+            self._planned[place] = None if plan is None else _Planned(plan.state, len(text))
+        self._give_pages(places, reads)
         for members in _by_reading(reads):
-            size = padded_rows(len(members))
-            width = self._shape.config.block_size + 1
-            tokens = np.zeros((size, width), np.int32)
-            for into, i in zip(tokens, members, strict=False):
-                into[: len(texts[i])] = texts[i]
-            previous = [plans[i].forced[-1] if len(plans[i].forced) else NO_TOKEN for i in members]
-            self._state = fill_places(
-                self._state,
-                _column([places[i] for i in members], size, fill=len(self._rows)),
-                new=NewRows(
-                    tokens,
-                    _column([len(texts[i]) for i in members], size),
-                    _column(previous, size),
-                    _column([rows[i].limit for i in members], size),
-                    padded(np.stack([rows[i].key for i in members]), size, fill=0),
-                    _stacked([plans[i].state for i in members], size),
-                ),
-                logits=reads[members[0]].reading.logits,
-                log_prob=reads[members[0]].reading.log_prob,
-                source=_column([reads[i].number for i in members], size),
+            self._begin(
+                [places[i] for i in members], [texts[i] for i in members], [reads[i] for i in members]
             )
 
     def start(self) -> None:
@@ -188,40 +170,106 @@ class Engine:
 
     def finish(self) -> list[Ended]:
         """Wait for the steps; the rows that ended, whose places are free again."""
-        length, finished, held = jax.device_get((self._state.length, self._state.finished, self._state.held))
+        state = self._state
+        waits = state.finished if state.automaton is None else state.automaton.waiting
+        length, unread, finished, waiting = jax.device_get(
+            (state.length, state.unread, state.finished, waits)
+        )
         taken = np.array([row is not None for row in self._rows])
         limit = np.array([0 if row is None else row.limit for row in self._rows])
         ended = taken & (finished | (length >= limit))
-        written = length - self._lengths
-        self._keep_log(np.flatnonzero(taken & ~ended & (written > 0)), written)
-        self._lengths = np.where(taken, length, 0)
+        read = length - unread
+        self._keep_log(np.flatnonzero(taken & ~ended & (read > self._read)), read - self._read)
+        self._length, self._read = np.where(taken, length, 0), np.where(taken, read, 0)
         results = self._take_out(np.flatnonzero(ended))
-        self._serve(np.flatnonzero(held & taken & ~ended))
+        self._replan(np.flatnonzero(waiting & taken & ~ended))
         return results
 
-    def _plan(self, text: np.ndarray, limit: int) -> Plan:
-        automaton = self._shape.rules.automaton
-        if automaton is None:
-            return Plan(np.zeros(0, np.int32), None)
-        return Plan(*automaton.plan(text, limit=limit))
+    def take_back(self, lengths: dict[tuple[int, int], int]) -> None:
+        """Take rows back, by their names, to earlier lengths of their texts, from which they draw anew.
 
-    def _read_texts(self, prompts: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> list[Read]:
+        Nothing is read again but the newest token that is left. What is drawn is a function of the row's key, the
+        position and how often the row was taken back.
+
+        Raises:
+            ValueError: no row has the name, or the length is less than its prompt's or more than its text's.
+        """
+        places, to = [self._place(name) for name in lengths], list(lengths.values())
+        for place, length in zip(places, to, strict=True):
+            least, most = len(self._row(place).prompt), self._length[place]
+            if not least <= length <= most:
+                raise ValueError(
+                    f"row {self._row(place).name}: cannot go back to {length}: {least} to {most} tokens"
+                )
+        planned = [self._planned_before(place, length) for place, length in zip(places, to, strict=True)]
+        for place, length, since in zip(places, to, planned, strict=True):
+            self._pool.cut(place, length - 1)
+            self._length[place], self._read[place], self._planned[place] = length, length - 1, since
+        size = padded_rows(len(places))
+        self._state = take_rows_back(
+            self._shape.rules.automaton,
+            self._state,
+            self._padded_places(places, size),
+            to=padded(to, size, fill=0),
+            planned=_stacked([of and of.state for of in planned], size),
+            since=padded([of.length if of else 0 for of in planned], size, fill=0),
+        )
+
+    def fork(self, name: tuple[int, int], rows: Sequence[Row]) -> None:
+        """Let further rows, at most as many as there are free places, go on from the text that a row has now.
+
+        Of each only name, key and limit are asked for; nothing is read again.
+
+        Raises:
+            ValueError: no row has the name.
+        """
+        source = self._place(name)
+        places = [place for place, row in enumerate(self._rows) if row is None][: len(rows)]
+        for place, row in zip(places, rows, strict=True):
+            self._rows[place] = row._replace(prompt=self._row(source).prompt)
+            self._begun[place], self._planned[place] = self._begun[source], self._planned[source]
+            self._length[place], self._read[place] = self._length[source], self._read[source]
+        self._pool.copy(source, places)
+        size = padded_rows(len(places))
+        self._state = fork_rows(
+            self._state,
+            self._padded_places(places, size),
+            source=np.full(size, source, np.int32),
+            key=padded(np.stack([row.key for row in rows]), size, fill=0),
+            limit=padded([row.limit for row in rows], size, fill=0),
+        )
+
+    def _plan(self, text: np.ndarray, limit: int) -> RowPlan | None:
+        automaton = self._shape.rules.automaton
+        return None if automaton is None else automaton.plan(text, limit=limit)
+
+    def _row(self, place: int) -> Row:
+        row = self._rows[place]
+        if row is None:
+            raise RuntimeError(f"place {place} has no row")
+        return row
+
+    def _place(self, name: tuple[int, int]) -> int:
+        for place, row in enumerate(self._rows):
+            if row is not None and row.name == name:
+                return place
+        raise ValueError(f"no row is named {name}")
+
+    def _padded_places(self, places: Sequence[int], size: int) -> np.ndarray:
+        return padded(places, size, fill=len(self._rows))
+
+    def _read_texts(self, texts: Sequence[np.ndarray]) -> list[Read]:
         """Each text's reading, made once for all that are equal."""
-        names = [(len(prompt), text.tobytes()) for prompt, text in zip(prompts, texts, strict=True)]
+        shape = self._shape
+        names = [text.tobytes() for text in texts]
         found = {name: self._texts[name] for name in names if name in self._texts}
-        new: dict[tuple[int, bytes], Piece] = {}
-        for name, prompt, text in zip(names, prompts, texts, strict=True):
-            if name not in found:
-                new[name] = Piece(text, 0, len(text) - len(prompt), None)
-        found |= dict(zip(new, self._read(list(new.values())), strict=True))
+        new = {name: text for name, text in zip(names, texts, strict=True) if name not in found}
+        made = read_texts(shape.config, self._weights, list(new.values()), page=shape.page, dtype=shape.dtype)
+        found |= dict(zip(new, chain.from_iterable(made), strict=True))
         self._texts = dict([*self._texts.items(), *found.items()][-_TEXTS:])
         return [found[name] for name in names]
 
-    def _read(self, pieces: Sequence[Piece]) -> list[Read]:
-        shape = self._shape
-        return read_pieces(shape.config, self._weights, pieces, pool=self._pool, dtype=shape.dtype)
-
-    def _keep_pages(self, places: Sequence[int], reads: Sequence[Read]) -> None:
+    def _give_pages(self, places: Sequence[int], reads: Sequence[Read]) -> None:
         """Give rows the pages that were read for them."""
         targets = [self._pool.assign(place, read.fills) for place, read in zip(places, reads, strict=True)]
         for members in _by_reading(reads):
@@ -231,111 +279,77 @@ class Engine:
                 [page for i in members for page in targets[i]],
             )
 
+    def _begin(self, places: Sequence[int], texts: Sequence[np.ndarray], reads: Sequence[Read]) -> None:
+        """Begin rows whose texts were read together."""
+        size = padded_rows(len(places))
+        rows = [self._row(place) for place in places]
+        tokens = np.zeros((size, self._shape.config.block_size + 1), np.int32)
+        for into, text in zip(tokens, texts, strict=False):
+            into[: len(text)] = text
+        planned = [self._planned[place] for place in places]
+        self._state = begin_rows(
+            self._state,
+            self._padded_places(places, size),
+            new=NewRows(
+                tokens,
+                padded([len(text) for text in texts], size, fill=0),
+                padded([len(row.prompt) for row in rows], size, fill=0),
+                padded([row.limit for row in rows], size, fill=0),
+                padded([row.returns for row in rows], size, fill=0),
+                padded(np.stack([row.key for row in rows]), size, fill=0),
+                _stacked([of and of.state for of in planned], size),
+            ),
+            log_probs=reads[0].reading.log_probs,
+            source=padded([read.number for read in reads], size, fill=0),
+        )
+
     def _keep_log(self, places: np.ndarray, written: np.ndarray) -> None:
         """Give rows what they wrote into the log."""
-        if not len(places):
-            return
-        targets = [self._pool.assign(int(place), [int(written[place])])[0] for place in places]
-        self._pool.put(_log_pages(self._log), places.tolist(), targets)
+        if len(places):
+            targets = [self._pool.assign(int(place), [int(written[place])])[0] for place in places]
+            self._pool.put(_log_pages(self._log), places.tolist(), targets)
 
     def _take_out(self, places: np.ndarray) -> list[Ended]:
         if not len(places):
             return []
-        seen = jax.device_get(look_at(self._state, padded(places, padded_rows(len(places)), fill=0)))
+        seen = look_at(self._state, padded(places, padded_rows(len(places)), fill=0))
         results = []
-        for i, place in enumerate(places):
-            row = self._rows[place]
-            if row is None:
-                raise RuntimeError(f"place {place} has no row")
-            results.append(
-                Ended(
-                    row,
-                    seen.tokens[i, : seen.length[i]],
-                    float(seen.log_prob[i]),
-                    bool(seen.finished[i]),
-                    time.perf_counter() - self._begun[place],
-                )
-            )
-            self._rows[place] = None
-            self._lengths[place] = 0
-            self._pool.release(int(place))
+        for i, place in enumerate(places.tolist()):
+            row, length = self._row(place), seen.length[i]
+            log_prob = float(seen.log_probs[i, len(row.prompt) : length].sum())
+            seconds = time.perf_counter() - self._begun[place]
+            results.append(Ended(row, seen.tokens[i, :length], log_prob, bool(seen.finished[i]), seconds))
+            self._rows[place], self._planned[place] = None, None
+            self._length[place] = self._read[place] = 0
+            self._pool.release(place)
         return results
 
-    def _serve(self, places: np.ndarray) -> None:
-        """Let the rows that are held go on, with the tokens that are forced upon them."""
+    def _replan(self, places: np.ndarray) -> None:
+        """Plan how rows go on that wait for it, from what they have drawn."""
         if not len(places):
             return
-        plans = self._plans_of_held(places)
-        moving = [i for i, plan in enumerate(plans) if len(plan.forced)]
-        pieces = [
-            Piece(plans[i].forced, int(self._lengths[places[i]]), len(plans[i].forced) - 1, int(places[i]))
-            for i in moving
-        ]
-        reads = self._read(pieces)
-        self._keep_pages([int(places[i]) for i in moving], reads)
-        for members in _by_reading(reads):
-            reading = reads[members[0]].reading
-            self._go_on(
-                places,
-                [moving[m] for m in members],
-                plans,
-                logits=reading.logits,
-                log_prob=reading.log_prob,
-                source=[reads[m].number for m in members],
-            )
-        still = [i for i, plan in enumerate(plans) if not len(plan.forced)]
-        if still:
-            nothing = np.zeros((1, self._shape.config.vocab_size), np.float32)
-            self._go_on(places, still, plans, logits=nothing, log_prob=nothing[:, 0], source=[0] * len(still))
-        self._lengths[places] += [len(plan.forced) for plan in plans]
-
-    def _plans_of_held(self, places: np.ndarray) -> list[Plan]:
-        """What is forced upon held rows: the run ahead of them, or what the planner makes of their text so far."""
-        padded_places = padded(places.astype(np.int32), padded_rows(len(places)), fill=0)
-        ahead, waiting = jax.device_get(look_ahead(self._shape.rules, self._state, padded_places, width=_RUN))
-        seen = jax.device_get(look_at(self._state, padded_places)) if waiting.any() else None
-        plans = []
-        for i, place in enumerate(places):
-            row = self._rows[place]
-            if seen is not None and row is not None and waiting[i]:
-                plans.append(self._plan(seen.tokens[i, : seen.length[i]], row.limit))
-            else:
-                state = jax.tree.map(lambda leaf, i=i: leaf[i], ahead.automaton)
-                plans.append(Plan(ahead.tokens[i, : ahead.counts[i]], state))
-        return plans
-
-    def _go_on(
-        self,
-        places: np.ndarray,
-        members: Sequence[int],
-        plans: Sequence[Plan],
-        *,
-        logits: jax.Array | np.ndarray,
-        log_prob: jax.Array | np.ndarray,
-        source: Sequence[int],
-    ) -> None:
-        size = padded_rows(len(members))
-        width = padded_count(max(_RUN, *(len(plans[i].forced) for i in members)))
-        tokens = np.zeros((size, width), np.int32)
-        for into, i in zip(tokens, members, strict=False):
-            into[: len(plans[i].forced)] = plans[i].forced
-        self._state = go_on(
-            self._shape.rules,
-            self._state,
-            _column([int(places[i]) for i in members], size, fill=len(self._rows)),
-            forced=Forced(
-                tokens,
-                _column([len(plans[i].forced) for i in members], size),
-                _stacked([plans[i].state for i in members], size),
-            ),
-            logits=logits,
-            log_prob=log_prob,
-            source=_column(source, size),
+        size = padded_rows(len(places))
+        seen = look_at(self._state, padded(places, size, fill=0))
+        states: list[AutomatonState | None] = []
+        for i, place in enumerate(places.tolist()):
+            text = seen.tokens[i, : seen.length[i]]
+            plan = self._plan(text, self._row(place).limit)
+            if plan is not None:
+                self._planned[place] = _Planned(plan.start, len(text))
+                states.append(plan.start)
+        self._state = replan_rows(
+            self._state, self._padded_places(places.tolist(), size), _stacked(states, size)
         )
 
-
-def _column(values: Sequence[int], size: int, *, fill: int = 0) -> np.ndarray:
-    return padded(np.array(values, np.int32), size, fill=fill)
+    def _planned_before(self, place: int, length: int) -> _Planned | None:
+        """The registers that those after so many tokens follow from."""
+        planned = self._planned[place]
+        if planned is not None and planned.length > length:
+            row = self._row(place)
+            plan = self._plan(row.prompt, row.limit)
+            if plan is not None:
+                return _Planned(plan.start, len(row.prompt))
+        return planned
 
 
 def _stacked(states: Sequence[AutomatonState | None], size: int) -> AutomatonState | None:
@@ -347,7 +361,7 @@ def _stacked(states: Sequence[AutomatonState | None], size: int) -> AutomatonSta
 
 
 def _by_reading(reads: Sequence[Read]) -> list[list[int]]:
-    """Numbers of the pieces that were read together."""
+    """Numbers of the texts that were read together."""
     groups: dict[int, list[int]] = {}
     for number, read in enumerate(reads):
         groups.setdefault(id(read.reading), []).append(number)

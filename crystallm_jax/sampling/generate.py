@@ -1,25 +1,21 @@
 """From prompts to completions: what is asked for goes through the engine, what ended comes out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.model.config import DType
 from crystallm_jax.model.inference import prepare_weights
-from crystallm_jax.sampling.constrain import Automaton, Level
+from crystallm_jax.sampling.constrain import Automaton
 from crystallm_jax.sampling.decode import Rules
 from crystallm_jax.sampling.devices import placements
 from crystallm_jax.sampling.engine import Ended, Engine, EngineShape, Row
 from crystallm_jax.sampling.keys import PromptKeys
-from crystallm_jax.sampling.methods import SamplingMethod
-from crystallm_jax.sampling.orders import EverySample, Orders, Wanted
-from crystallm_jax.sampling.places import padded_count
+from crystallm_jax.sampling.requests import Completion, EverySample, GenerationRequest, Orders, Wanted
 from crystallm_jax.sampling.rounds import all_rounds
+from crystallm_jax.sampling.shapes import padded_count
 from crystallm_jax.sampling.slide import slide
 
 # What the published generator allows when its window slides (`max_new_tokens` of its generate_cifs.py).
@@ -27,71 +23,6 @@ SLIDE_NEW_TOKENS = 3000
 
 
 _prepare = jax.jit(prepare_weights, static_argnums=0)
-
-
-class Completion(NamedTuple):
-    """One completed prompt.
-
-    Attributes:
-        prompt_index: which prompt, in the order given.
-        sample_index: which of its samples.
-        token_ids: prompt and generated tokens.
-        log_prob: log-probability in nats of the generated tokens under the model (temperature 1, all tokens).
-        finished: whether the text came to its end (two newlines) before a limit.
-        seconds: from its beginning in a batch to its end.
-    """
-
-    prompt_index: int
-    sample_index: int
-    token_ids: tuple[int, ...]
-    log_prob: float
-    finished: bool
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What to sample, apart from the prompts.
-
-    Attributes:
-        method: how tokens are drawn.
-        num_samples: samples a prompt.
-        max_new_tokens: most tokens to add to a prompt; None goes on to the context's end.
-        seed: of all randomness.
-        batch_size: rows decoded together, over all devices; it changes no sample. None takes 64 for each replica of
-            the model on a CPU, 512 elsewhere.
-        tensor: devices that a replica of the model is split over; there are as many replicas as the devices allow.
-            It changes no sample but for rounding.
-        overflow: `stop` ends a sample unfinished where the context ends; `slide` goes on as the published
-            generator does, uncached and slow.
-        constrain: what every sample is held to: `syntax` of the dialect, the prompt's `composition` too, or the
-            stated space group's `symmetry` as well; None holds it to nothing.
-        jump_from: runs of so many forced tokens or more are read at once instead of one a step; None reads each by
-            itself, which on a CPU is no slower. It changes no sample but for rounding.
-        cache_dtype: of the keys and values kept; None takes the model's. `bfloat16` halves the memory and what a
-            step reads.
-    """
-
-    method: SamplingMethod = field(default_factory=SamplingMethod)
-    num_samples: int = 1
-    max_new_tokens: int | None = None
-    seed: int = 0
-    batch_size: int | None = None
-    overflow: Literal["stop", "slide"] = "stop"
-    constrain: Level | None = None
-    jump_from: int | None = None
-    cache_dtype: DType | None = None
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "max_new_tokens", "tensor", "jump_from"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SamplingError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise SamplingError(f"seed={self.seed}: must be at least 0 and below 2**32")
-        if self.overflow not in ("stop", "slide"):
-            raise SamplingError(f"overflow={self.overflow!r}: must be 'stop' or 'slide'")
 
 
 def generate(
@@ -209,7 +140,7 @@ def _rules(request: GenerationRequest, newline_id: int) -> Rules:
         return Rules(request.method, newline_id)
     if request.overflow == "slide":
         raise SamplingError("constrain does not go with overflow=slide: what is forced must fit the context")
-    return Rules(request.method, newline_id, Automaton(request.constrain), request.jump_from)
+    return Rules(request.method, newline_id, Automaton(request.constrain))
 
 
 def _rows(

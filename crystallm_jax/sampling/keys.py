@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from crystallm_jax.sampling.orders import Wanted
-from crystallm_jax.sampling.places import padded, padded_rows
+from crystallm_jax.sampling.requests import Wanted
+from crystallm_jax.sampling.shapes import padded, padded_rows
 
 
 class PromptKeys:

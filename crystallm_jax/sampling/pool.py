@@ -1,7 +1,7 @@
 """The pool of pages: who has which, which are free, and how it grows."""
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.pages import Pages, PageTable, empty_pages, put_pages
 from crystallm_jax.sampling.devices import Placement
-from crystallm_jax.sampling.places import padded, padded_rows
+from crystallm_jax.sampling.shapes import padded, padded_count, padded_rows
 
 # On a CPU the pool is several blocks, of which a step reads those in use: small ones first, so that it reads few pages
 # that nobody has. They hold whole contexts of all rows, up to so much memory; then as many are added again. Few pages
@@ -83,18 +83,37 @@ class Pool:
         self._pages[row] += pages
         return pages
 
+    def cut(self, row: int, positions: int) -> None:
+        """Leave the row its first positions; pages beyond are free again."""
+        pages = self._pages[row]
+        begins = np.cumsum([0, *self._fill[pages]])[:-1]
+        kept = int(np.searchsorted(begins, positions))
+        if kept:
+            last = pages[kept - 1]
+            self._fill[last] = min(self._fill[last], positions - begins[kept - 1])
+        for page in pages[kept:]:
+            heapq.heappush(self._free, page)
+        self._owner[pages[kept:]], self._fill[pages[kept:]] = self._rows, 0
+        self._pages[row] = pages[:kept]
+
     def release(self, row: int) -> None:
         """Take the row's pages back."""
-        for page in self._pages[row]:
-            heapq.heappush(self._free, page)
-        self._owner[self._pages[row]], self._fill[self._pages[row]] = self._rows, 0
-        self._pages[row] = []
+        self.cut(row, 0)
 
     def put(self, pages: Pages, source: list[int], target: list[int]) -> None:
         """Write pages [source] into the places [target]."""
         for number, chosen, places in self._by_block(target):
             block = _copied(self.blocks[number], pages, source=np.array(source)[chosen], target=places)
             self.blocks = (*self.blocks[:number], block, *self.blocks[number + 1 :])
+
+    def copy(self, row: int, others: Sequence[int]) -> None:
+        """Give other rows pages of what the row's hold."""
+        pages = self._pages[row]
+        if not pages:
+            return
+        held = self.gather(pages, padded_count(len(pages)))
+        targets = [page for other in others for page in self.assign(other, self._fill[pages].tolist())]
+        self.put(held, [*range(len(pages))] * len(others), targets)
 
     def gather(self, pages: list[int], size: int) -> Pages:
         """A copy of pages, with empty ones after them up to `size`."""

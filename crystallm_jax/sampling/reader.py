@@ -1,45 +1,61 @@
-"""Reading many tokens at once: several texts side by side, in few shapes."""
+"""Reading many tokens at once: several texts side by side, in few shapes, for their pages and their probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystallm_jax.model.columns import Before
+from crystallm_jax.model.columns import attend_columns
 from crystallm_jax.model.config import ModelConfig
-from crystallm_jax.model.inference import Weights
-from crystallm_jax.sampling.decode import NO_TOKEN, Columns, Reading, read_texts
-from crystallm_jax.sampling.places import padded_count
-from crystallm_jax.sampling.pool import Pool
+from crystallm_jax.model.inference import Weights, read_columns
+from crystallm_jax.model.pages import Pages, column_pages
+from crystallm_jax.sampling.shapes import padded_count
 
-# Columns are read in these sizes, each compiled once; texts are packed into one reading up to the greatest but one
+# Columns are read in these sizes, each compiled once; texts are packed into one reading up to the greatest, but one
 # that is longer stands alone.
 _SMALLEST, _MOST = 32, 256
-# Texts in one reading at most, where something stands before them: each column is compared with all that does.
-_MOST_GOING_ON = 8
+_TEXTS = 32
 
 
-class Piece(NamedTuple):
-    """Tokens to read.
+class Columns(NamedTuple):
+    """Tokens of R texts to read at once: of each all but its last.
 
     Attributes:
-        tokens: int [T].
-        start: position of the first.
-        scored: how many of them, from the end, count for the log-probability.
-        row: whose pages stand before them; None where the text begins here.
+        token: int32 [N].
+        target: int32 [N]; the token that follows.
+        position: int32 [N].
+        text: int32 [N]; which of the texts each is of; R for filling.
+        page: int32 [P, S]; the columns of each page to make.
+        first: int32 [R]; the first column of each text.
     """
 
-    tokens: np.ndarray
-    start: int
-    scored: int
-    row: int | None
+    token: jax.Array | np.ndarray
+    target: jax.Array | np.ndarray
+    position: jax.Array | np.ndarray
+    text: jax.Array | np.ndarray
+    page: jax.Array | np.ndarray
+    first: jax.Array | np.ndarray
+
+
+class Reading(NamedTuple):
+    """What was read.
+
+    Attributes:
+        pages: keys and values, as `Columns.page` has it.
+        log_probs: float32 [R, W]; of each text's tokens but the first, in nats; anything beyond its end.
+    """
+
+    pages: Pages
+    log_probs: jax.Array
 
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """A piece that was read.
+    """A text that was read, but for its last token.
 
     Attributes:
         reading: that it was read in.
@@ -54,67 +70,86 @@ class Read:
     fills: list[int]
 
 
-def read_pieces(
-    config: ModelConfig, weights: Weights, pieces: Sequence[Piece], *, pool: Pool, dtype: str
-) -> list[Read]:
-    """Read pieces, packed into as few readings as their sizes allow."""
-    results: list[Read] = []
-    group: list[Piece] = []
-    for piece in pieces:
-        most = len(group) == _MOST_GOING_ON if piece.row is not None else False
-        if group and (most or sum(len(one.tokens) for one in group) + len(piece.tokens) > _MOST):
-            results += _read_group(config, weights, group, pool=pool, dtype=dtype)
-            group = []
-        group.append(piece)
-    return results + (_read_group(config, weights, group, pool=pool, dtype=dtype) if group else [])
+def read_texts(
+    config: ModelConfig,
+    weights: Weights,
+    texts: Sequence[np.ndarray],
+    *,
+    page: int,
+    dtype: str,
+    most: int = _MOST,
+) -> Iterator[list[Read]]:
+    """Read all tokens but the last of each text, packed into as few readings as their sizes allow.
+
+    Args:
+        config: the model's shape.
+        weights: as prepared.
+        texts: int [T] each, of at least one token, at most one more than the context.
+        page: S, positions of a page.
+        dtype: of keys and values.
+        most: tokens of a reading, but for one of a single text that is longer.
+
+    Yields:
+        Neighbours that were read together, in the order of the texts.
+    """
+    for group in _groups(texts, most):
+        yield _read(config, weights, group, page=page, dtype=dtype)
 
 
-def _read_group(
-    config: ModelConfig, weights: Weights, group: Sequence[Piece], *, pool: Pool, dtype: str
+def _groups(texts: Sequence[np.ndarray], most: int) -> Iterator[Sequence[np.ndarray]]:
+    first = tokens = 0
+    for number, text in enumerate(texts):
+        if number > first and (tokens + len(text) - 1 > most or number - first == _TEXTS):
+            yield texts[first:number]
+            first, tokens = number, 0
+        tokens += len(text) - 1
+    if len(texts):
+        yield texts[first:]
+
+
+def _read(
+    config: ModelConfig, weights: Weights, texts: Sequence[np.ndarray], *, page: int, dtype: str
 ) -> list[Read]:
-    S = pool.size
-    size = max(padded_count(sum(len(piece.tokens) for piece in group)), _SMALLEST)
-    texts = _SMALLEST if group[0].row is None else _MOST_GOING_ON
-    while texts < len(group):
-        texts *= 2
+    counts = [len(text) - 1 for text in texts]
+    size = max(padded_count(sum(counts)), _SMALLEST)
+    token, target, position = (np.zeros(size, np.int32) for _ in range(3))
+    whose = np.full(size, _TEXTS, np.int32)
     # As many for a short reading as for a long one: what takes them is compiled for their number.
-    pages = np.zeros((max(size, _MOST) // S + texts, S), np.int32)
-    token, position = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    text, target = np.full(size, texts, np.int32), np.full(size, NO_TOKEN, np.int32)
-    last = np.zeros(texts, np.int32)
-    column = page = 0
+    pages = np.zeros((max(size, _MOST) // page + _TEXTS, page), np.int32)
+    firsts = np.zeros(_TEXTS, np.int32)
+    firsts[: len(texts)] = np.cumsum([0, *counts[:-1]])
+    made = 0
     parts: list[tuple[list[int], list[int]]] = []
-    for number, piece in enumerate(group):
-        T = len(piece.tokens)
-        here = slice(column, column + T)
-        token[here], text[here] = piece.tokens, number
-        # What follows a full context can be appended, but not read: what is read there in its stead is not used.
-        position[here] = np.minimum(piece.start + np.arange(T), config.block_size - 1)
-        counted = slice(column + max(T - piece.scored - 1, 0), column + T - 1)
-        target[counted] = token[counted.start + 1 : column + T]
-        last[number] = column + T - 1
-        count = -(-T // S)
-        places = np.arange(count * S) + column
-        pages[page : page + count] = np.minimum(places, size - 1).reshape(count, S)
-        parts.append((list(range(page, page + count)), [min(S, T - first) for first in range(0, T, S)]))
-        column, page = column + T, page + count
-    columns = Columns(*map(jnp.asarray, (token, position, text, target, pages, last)))
-    reading = read_texts(config, dtype, weights=weights, columns=columns, before=_before(group, pool))
+    for number, (text, count, first) in enumerate(zip(texts, counts, firsts, strict=False)):
+        here = slice(first, first + count)
+        token[here], target[here], position[here], whose[here] = text[:-1], text[1:], np.arange(count), number
+        own = -(-count // page)
+        places = np.arange(own * page) + first
+        pages[made : made + own] = np.minimum(places, size - 1).reshape(own, page)
+        parts.append((list(range(made, made + own)), [min(page, count - n) for n in range(0, count, page)]))
+        made += own
+    columns = Columns(token, target, position, whose, pages, firsts)
+    reading = _read_columns(config, dtype, weights=weights, columns=columns)
     return [Read(reading, number, *part) for number, part in enumerate(parts)]
 
 
-def _before(group: Sequence[Piece], pool: Pool) -> Before | None:
-    """What stands before the pieces, in a few sizes."""
-    if group[0].row is None:
-        return None
-    pages = [page for piece in group if piece.row is not None for page in pool.pages_of(piece.row)]
-    whose = [
-        number
-        for number, piece in enumerate(group)
-        if piece.row is not None
-        for _ in pool.pages_of(piece.row)
-    ]
-    size = max(padded_count(len(pages)), 4 * pool.size)
-    fill, text = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-    fill[: len(pages)], text[: len(pages)] = pool.fill_of(pages), whose
-    return Before(pool.gather(pages, size), fill, text)
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _read_columns(config: ModelConfig, dtype: str, *, weights: Weights, columns: Columns) -> Reading:
+    """Read columns. Compiled once a shape."""
+    keys, values = [], []
+    text = jnp.asarray(columns.text)
+
+    def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        of_keys, of_values = column_pages(k.astype(dtype), v.astype(dtype), jnp.asarray(columns.page))
+        keys.append(of_keys)
+        values.append(of_values)
+        return attend_columns(q, k, v, text=text)
+
+    logits = read_columns(
+        config, weights, jnp.asarray(columns.token), jnp.asarray(columns.position), attend=attend
+    )
+    targets = jnp.asarray(columns.target)[:, None]
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)[:, 0]
+    # Token i of a text is the target of its column i - 1.
+    places = jnp.asarray(columns.first)[:, None] + np.arange(-1, config.block_size)
+    return Reading(Pages(tuple(keys), tuple(values)), jnp.take(log_probs, places, mode="clip"))

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 
 from crystallm_jax.sampling.engine import Ended, Engine, Row
-from crystallm_jax.sampling.orders import Orders, Wanted
+from crystallm_jax.sampling.requests import Orders, Wanted
 
 
 def all_rounds(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from crystallm_jax.model import GPT, ModelConfig
-from crystallm_jax.sampling.decode import RowState, Rules, append_drawn
+from crystallm_jax.sampling.decode import Rules, append_drawn
 from crystallm_jax.sampling.engine import Ended
-from crystallm_jax.sampling.places import empty_rows, look_at
+from crystallm_jax.sampling.rows import RowState, empty_rows, look_at
 
 
 def slide(
@@ -25,22 +25,24 @@ def slide(
     tokens = np.zeros((len(rows), max(limits)), np.int32)
     for into, row in zip(tokens, rows, strict=True):
         into[: len(row.tokens)] = row.tokens
-    length = np.array([len(row.tokens) for row in rows], np.int32)
+    begin = [len(row.row.prompt) for row in rows]
+    log_probs = np.zeros(tokens.shape, np.float32)
+    log_probs[np.arange(len(rows)), begin] = [row.log_prob for row in rows]
     state = replace(
         empty_rows(len(rows), max(limits), config.vocab_size, automaton=None),
         tokens=jnp.asarray(tokens),
-        length=jnp.asarray(length),
-        previous=jnp.asarray(np.array([row.tokens[-1] for row in rows], np.int32)),
-        log_prob=jnp.asarray(np.array([row.log_prob for row in rows], np.float32)),
-        limit=jnp.asarray(np.array(limits, np.int32)),
+        length=jnp.array([len(row.tokens) for row in rows], jnp.int32),
+        begin=jnp.array(begin, jnp.int32),
+        log_probs=jnp.asarray(log_probs),
+        limit=jnp.array(limits, jnp.int32),
         keys=jax.random.wrap_key_data(jnp.asarray(np.stack([row.row.key for row in rows]))),
     )
     state = _slide(config, rules, params=params, state=state)
-    seen = jax.device_get(look_at(state, np.arange(len(rows))))
+    seen = look_at(state, np.arange(len(rows)))
     return [
         row._replace(
             tokens=seen.tokens[i, : seen.length[i]],
-            log_prob=float(seen.log_prob[i]),
+            log_prob=float(seen.log_probs[i, begin[i] : seen.length[i]].sum()),
             finished=bool(seen.finished[i]),
         )
         for i, row in enumerate(rows)

@@ -4,7 +4,6 @@ from crystallm_jax.sampling.constrain.advance import advance
 from crystallm_jax.sampling.constrain.automaton import Automaton, idle_state
 from crystallm_jax.sampling.constrain.choices import allowed
 from crystallm_jax.sampling.constrain.layout import Level
-from crystallm_jax.sampling.constrain.runs import run_length, run_tokens, skip
 from crystallm_jax.sampling.constrain.state import AutomatonState, RowPlan
 
 __all__ = [
@@ -15,7 +14,4 @@ __all__ = [
     "advance",
     "allowed",
     "idle_state",
-    "run_length",
-    "run_tokens",
-    "skip",
 ]

@@ -39,7 +39,7 @@ from crystallm_jax.sampling.constrain.nodes import (
     tables,
     token_set,
 )
-from crystallm_jax.sampling.constrain.script import script_tokens
+from crystallm_jax.sampling.constrain.script import script_token
 from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, REMEMBERED_SITES, AutomatonState
 
 _DIGIT_SETS = np.stack([token_set([digit]) for digit in DIGITS])
@@ -83,8 +83,7 @@ def allowed(automaton: Automaton, state: AutomatonState) -> jax.Array:
     full = jnp.asarray(_COUNT_NODES)[node] & (state.digits >= MAX_COUNT_DIGITS)
     sets = jnp.where(full[:, None], sets & ~_DIGIT_SET, sets)
     choices = site_choices(state) if automaton.level == "symmetry" else None
-    scripted = script_tokens(state, 1)[:, 0]
-    forced = jnp.where(node == Node.LABEL_ELEMENT, state.symbol, scripted)
+    forced = jnp.where(node == Node.LABEL_ELEMENT, state.symbol, script_token(state))
     is_forced = (node == Node.SCRIPT) | (node == Node.LABEL_ELEMENT)
     ways = (
         (is_forced, jnp.asarray(table.word)[forced]),

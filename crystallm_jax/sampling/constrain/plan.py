@@ -1,7 +1,9 @@
 """From the text of a row so far to how it goes on: what is forced, and the registers after that."""
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from crystallm_jax.sampling.constrain.layout import (
     before_group,
     lay_out,
 )
-from crystallm_jax.sampling.constrain.nodes import KINDS, TOKEN_ID, Kind, token_set
+from crystallm_jax.sampling.constrain.nodes import KINDS, TOKEN_ID, Kind, Node, token_set
 from crystallm_jax.sampling.constrain.sites import Counts, SitePlan, groups_within, plan_sites
 from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, AutomatonState, RowPlan, empty_row
 
@@ -34,7 +36,7 @@ _DATA_SLACK = 16
 def plan_row(level: Level, text: bytes, limit: int) -> RowPlan:
     """The plan of a row of little-endian uint16 token ids, as `Automaton.plan` says; its arrays are read-only."""
     plan = _plan(level, np.frombuffer(text, "<u2"), limit)
-    for array in (plan.forced, *jax.tree.leaves(plan.state)):
+    for array in jax.tree.leaves(plan):
         array.setflags(write=False)
     return plan
 
@@ -74,9 +76,9 @@ def _plan(level: Level, ids: np.ndarray, limit: int) -> RowPlan:
     if ended:
         layout = Layout((layout.pieces[0][1:], *layout.pieces[1:]), layout.kinds)
     sites = _fewest_rows() if level == "syntax" else plan_sites(level, counts, symbol, limit=limit)
-    plan = _row(layout, sites, used=len(ids), limit=limit, what=what, level=level)
-    plan.state.group_number[...] = SPACEGROUPS[symbol]
-    return plan
+    group = {"group_number": np.array(SPACEGROUPS[symbol], np.int32)}
+    sites = sites._replace(registers={**sites.registers, **group})
+    return _row(layout, sites, used=len(ids), limit=limit, what=what, level=level)
 
 
 def _before_group(level: Level, counts: Counts, *, used: int, limit: int) -> RowPlan:
@@ -93,9 +95,8 @@ def _before_group(level: Level, counts: Counts, *, used: int, limit: int) -> Row
     else:
         layout = lay_out(parts + after_group(level, known, None))
         sites = _fewest_rows() if level == "syntax" else plan_sites(level, counts, None, limit=limit)
-    plan = _row(layout, sites, used=used, limit=limit, what=what, level=level)
-    plan.state.groups[...] = token_set([TOKEN_ID[symbol + SPACEGROUP_SUFFIX] for symbol in groups])
-    return plan
+    sites = sites._replace(registers={**sites.registers, "groups": _group_set(groups)})
+    return _row(layout, sites, used=used, limit=limit, what=what, level=level)
 
 
 def _row(layout: Layout, sites: SitePlan, *, used: int, limit: int, what: str, level: Level) -> RowPlan:
@@ -105,9 +106,9 @@ def _row(layout: Layout, sites: SitePlan, *, used: int, limit: int, what: str, l
         SamplingError: the limit is too small.
     """
     row = empty_row()
+    row["groups"][...] = _group_set(SPACEGROUPS)
     for name, register in sites.registers.items():
         row[name][...] = register
-    row["groups"][...] = token_set([TOKEN_ID[symbol + SPACEGROUP_SUFFIX] for symbol in SPACEGROUPS])
     forced = np.array(layout.pieces[0], np.int32)
     needed = used + layout.least_tokens(0) + sites.least_tokens
     if needed > limit:
@@ -115,8 +116,8 @@ def _row(layout: Layout, sites: SitePlan, *, used: int, limit: int, what: str, l
             f"a limit of {limit} tokens is too small for {what} at level {level}: the shortest such file takes "
             f"{needed}, prompt included"
         )
-    script = [token for piece in layout.pieces[1:] for token in piece]
-    ends = np.cumsum([0, *(len(piece) for piece in layout.pieces[1:])])
+    script = [token for piece in layout.pieces for token in piece]
+    ends = np.cumsum([len(piece) for piece in layout.pieces])
     repeats = [place for place, token in enumerate(script) if token == REPEAT_TOKEN]
     row["script"][: len(script)] = script
     row["ends"][: len(ends)] = ends
@@ -125,9 +126,24 @@ def _row(layout: Layout, sites: SitePlan, *, used: int, limit: int, what: str, l
     for field in range(len(layout.kinds)):
         row["reserves"][field] = layout.least_tokens(field + 1) + sites.least_tokens
     first = KINDS[layout.kinds[0]]
-    row["node"][...], row["low"][...], row["high"][...] = first.node, first.low, first.high
-    row["room"][...] = limit - used - len(forced)
-    return RowPlan(forced, AutomatonState(**row))
+    after = {
+        "node": int(first.node),
+        "place": len(forced),
+        "low": first.low,
+        "high": first.high,
+        "room": limit - used - len(forced),
+    }
+    start = {"node": int(Node.SCRIPT), "room": limit - used} if len(forced) else after
+    return RowPlan(forced, _with(row, start), _with(row, after))
+
+
+def _with(row: dict[str, Any], changed: dict[str, int]) -> AutomatonState:
+    return AutomatonState(**{**row, **{name: np.array(value, np.int32) for name, value in changed.items()}})
+
+
+def _group_set(symbols: Iterable[str]) -> np.ndarray:
+    """The tokens of space groups."""
+    return token_set([TOKEN_ID[symbol + SPACEGROUP_SUFFIX] for symbol in symbols])
 
 
 def _data_layout(level: Level) -> Layout:

@@ -10,15 +10,16 @@ from crystallm_jax.sampling.constrain.state import SCRIPT_TOKENS, AutomatonState
 _TENS = 10 ** np.arange(10, dtype=np.int32)
 
 
-def script_tokens(state: AutomatonState, count: int) -> jax.Array:
-    """Int32 [B, count]: the next tokens of the script; anything beyond its end."""
-    place = state.place[:, None] + np.arange(count)
-    extra = state.edge_digits[:, None] + DECIMALS  # tokens of a repeated length, but for one
-    first, second = state.repeats[:, :1], state.repeats[:, 1:] + extra
+def script_token(state: AutomatonState) -> jax.Array:
+    """Int32 [B]: the next token of the script; anything beyond its end."""
+    place = state.place
+    extra = state.edge_digits + DECIMALS  # tokens of a repeated length, but for one
+    first, second = state.repeats[:, 0], state.repeats[:, 1] + extra
     in_first, in_second = place - first, place - second
     slot = place - jnp.where(in_first > 0, jnp.minimum(in_first, extra), 0)
     slot -= jnp.where(in_second > 0, jnp.minimum(in_second, extra), 0)
-    scripted = jnp.take_along_axis(state.script, jnp.clip(slot, 0, SCRIPT_TOKENS - 1), axis=1)
+    slot = jnp.clip(slot, 0, SCRIPT_TOKENS - 1)[:, None]
+    scripted = jnp.take_along_axis(state.script, slot, axis=1)[:, 0]
     into = jnp.where(in_second >= 0, in_second, in_first)
     repeated = (into >= 0) & (into <= extra)
     return jnp.where(repeated, _edge_token(state, into), scripted)
@@ -32,8 +33,8 @@ def script_end(state: AutomatonState) -> jax.Array:
 
 
 def _edge_token(state: AutomatonState, place: jax.Array) -> jax.Array:
-    """The token at a place [B, N] of the first cell length as it is written."""
-    whole = state.edge_digits[:, None]
+    """The token at a place [B] of the first cell length as it is written."""
+    whole = state.edge_digits
     behind = whole + DECIMALS - place - (place < whole)
-    digit = state.edge[:, None] // jnp.asarray(_TENS)[jnp.clip(behind, 0, 9)] % 10
+    digit = state.edge // jnp.asarray(_TENS)[jnp.clip(behind, 0, 9)] % 10
     return jnp.where(place == whole, POINT, jnp.asarray(np.array(DIGITS, np.int32))[digit])

@@ -9,7 +9,7 @@ import numpy as np
 
 from crystallm_jax.sampling.constrain.nodes import WORDS, Node
 
-SCRIPT_TOKENS = 256
+SCRIPT_TOKENS = 384
 FIELDS = 16
 MAX_ELEMENTS = 12
 MAX_MULTIPLICITIES = 8
@@ -120,10 +120,12 @@ class RowPlan(NamedTuple):
 
     Attributes:
         forced: int32 [N]; tokens that must follow its text now.
-        state: of NumPy arrays without B; the registers after these.
+        start: of NumPy arrays without B; the registers before these.
+        state: likewise; the registers after these.
     """
 
     forced: np.ndarray
+    start: AutomatonState
     state: AutomatonState
 
 
