@@ -18,8 +18,6 @@ from crystallm_jax.model.pages import (
     empty_log,
     empty_pages,
     log_pages,
-    mix_by_lookup,
-    mix_by_product,
     put_pages,
 )
 
@@ -134,21 +132,6 @@ def test_a_row_does_not_depend_on_the_pages_of_others() -> None:
     after = _found(case._replace(pages=changed))
     np.testing.assert_array_equal(after[..., 2], before[..., 2])
     assert np.abs(after[..., [0, 3]] - before[..., [0, 3]]).max() > 0.1
-
-
-def test_pages_looked_up_add_up_to_what_products_give() -> None:
-    case = _case(6)
-    rng = np.random.default_rng(6)
-    filled = np.arange(S) < case.table.fill[:, None, None]
-    scores = np.where(filled, rng.normal(size=(BLOCK * BLOCKS, H, S)), -1e30).astype(np.float32)
-    peaks = np.full((len(FILLS), H), scores.max(), np.float32)
-    given = list(jnp.split(jnp.asarray(scores), BLOCKS)), tuple(block.values[0] for block in case.pages)
-    product = mix_by_product(*given, peaks, case.table)
-    lookup = mix_by_lookup(*given, peaks, case.table)
-    assert [leaf.shape for leaf in product] == [(len(FILLS), H * D_HEAD), (len(FILLS), H)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), lookup, product)
-    # A row without pages has nothing to add.
-    assert not np.any(lookup[0][1])
 
 
 def test_great_scores_neither_overflow_nor_vanish() -> None:

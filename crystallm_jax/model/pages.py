@@ -11,6 +11,7 @@ The pool is a tuple of blocks, so that it can grow without a copy and a CPU can 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -140,16 +141,8 @@ def attend_pages(
         return (weights[:, :, None] * log_values.astype(jnp.float32)).sum(0) / weights.sum(0)[:, None]
     with jax.named_scope("pages"):
         scores, page_peaks = _page_scores(q_HdB, keys, table)
-        peaks_BH = jnp.maximum(
-            jnp.take(jnp.concatenate(page_peaks), table.pages, axis=0, mode="fill", fill_value=_NOTHING).max(
-                1
-            ),
-            log_scores.max(0).T,
-        )
-        # A CPU multiplies faster than it looks up; elsewhere the product would cost as much as the whole step.
-        mixed_BD, sums_BH = jax.lax.platform_dependent(
-            scores, values, peaks_BH, table, cpu=mix_by_product, default=mix_by_lookup
-        )
+        peaks_BH = jnp.maximum(_of_rows(page_peaks, table, nothing=_NOTHING).max(1), log_scores.max(0).T)
+        mixed_BD, sums_BH = _mix_pages(scores, values, peaks_BH, table)
     with jax.named_scope("log"):
         weights = jnp.exp(log_scores - peaks_BH.T)
         shares = jax.lax.optimization_barrier(1 / (weights.sum(0) + sums_BH.T))
@@ -200,10 +193,10 @@ def _page_scores(
     return [scores for scores, _ in parts], [peaks for _, peaks in parts]
 
 
-def mix_by_product(
+def _mix_pages(
     scores: list[jax.Array], values: tuple[jax.Array, ...], peaks_BH: jax.Array, table: PageTable
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums [B, D] and sums of weights [B, H] over each row's pages, as products with whose each page is.
+    """Weighted sums [B, D] and sums of weights [B, H] over each row's pages, in the order of its text.
 
     Args:
         scores: of each block, float32 [P, H, S].
@@ -211,47 +204,37 @@ def mix_by_product(
         peaks_BH: the greatest score of each row.
         table: whose the pages are.
     """
-    B, H = peaks_BH.shape
 
     def of_block(
         scores: jax.Array, block: jax.Array, owner: jax.Array, peaks_BH: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        weights = _weights(scores, owner, peaks_BH)
-        whose_BP = (owner == jnp.arange(B)[:, None]).astype(jnp.float32)
-        mixed_BD = _product("BP,PD->BD", whose_BP, _mix(weights, block))
-        return mixed_BD, _product("BP,PH->BH", whose_BP, weights.sum(-1))
+        # What a free page weighs is nobody's.
+        weights = jnp.exp(scores - jnp.take(peaks_BH, owner, axis=0, mode="clip")[..., None])
+        return _mix(weights, block), weights.sum(-1)
 
     def passed(
         scores: jax.Array, block: jax.Array, owner: jax.Array, peaks_BH: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         del scores, owner
-        return jnp.zeros((B, H * block.shape[-1])), jnp.zeros_like(peaks_BH)
+        P, H, _, d = block.shape
+        return jnp.zeros((P, H * d)), jnp.zeros((P, peaks_BH.shape[1]))
 
     owners = _split(table, values)[0]
     parts = [
         _if_used(number, table, of_block, passed, *operands, peaks_BH)
         for number, operands in enumerate(zip(scores, values, owners, strict=True))
     ]
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
+    mixed, sums = zip(*parts, strict=True)
+    return _of_rows(mixed, table, nothing=0.0).sum(1), _of_rows(sums, table, nothing=0.0).sum(1)
 
 
-def mix_by_lookup(
-    scores: list[jax.Array], values: tuple[jax.Array, ...], peaks_BH: jax.Array, table: PageTable
-) -> tuple[jax.Array, jax.Array]:
-    """The same by looking each row's pages up, in the order of its text."""
+def _of_rows(parts: Sequence[jax.Array], table: PageTable, *, nothing: float) -> jax.Array:
+    """What the pages of each row have, [B, N, ...] of blocks [P, ...]; `nothing` where there are no more.
 
-    def of_rows(x: jax.Array) -> jax.Array:
-        return jnp.take(x, table.pages, axis=0, mode="fill", fill_value=0.0).sum(1)
-
-    owners = _split(table, values)[0]
-    weights = [_weights(*pair, peaks_BH) for pair in zip(scores, owners, strict=True)]
-    mixed_PD = jnp.concatenate([_mix(*pair) for pair in zip(weights, values, strict=True)])
-    return of_rows(mixed_PD), of_rows(jnp.concatenate([part.sum(-1) for part in weights]))
-
-
-def _weights(scores: jax.Array, owner: jax.Array, peaks_BH: jax.Array) -> jax.Array:
-    """Weights [P, H, S] of a block; a free page's scores weigh nothing against whatever peak."""
-    return jnp.exp(scores - jnp.take(peaks_BH, owner, axis=0, mode="fill", fill_value=0.0)[..., None])
+    A page of nothing stands behind the others: looking up beyond the end and filling in takes 20 times as long.
+    """
+    whole = jnp.concatenate([*parts, jnp.full((1, *parts[0].shape[1:]), nothing)])
+    return jnp.take(whole, table.pages, axis=0, mode="clip")
 
 
 def _mix(weights: jax.Array, block: jax.Array) -> jax.Array:
