@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No test fills the folder of whoever runs it.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 # The same examples in every run: a change is to be refused for what it does, not for what was drawn.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -14,6 +16,14 @@ hypothesis.settings.load_profile("same")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_device() -> None:
+    """See that this process has one device, whatever a command that a test runs in it would rather have."""
+    import jax
+
+    jax.devices()
 
 
 def _folder(variable: str, default: Path) -> Path:

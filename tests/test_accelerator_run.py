@@ -149,6 +149,7 @@ def _bare(compiled: Path, *arguments: object) -> subprocess.Popen[str]:
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
             # Little is computed, so that most of the time would go into making it fast.
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
         },

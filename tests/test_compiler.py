@@ -1,20 +1,36 @@
 """What the compiler is told."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
-from crystallm_jax.training.compiler import known_options, step_options, use_compilation_cache
+from crystallm_jax.training.compiler import (
+    keep_programs,
+    known_options,
+    step_options,
+    use_compilation_cache,
+)
 from crystallm_jax.training.sharding import make_mesh
 
 
 @pytest.fixture(autouse=True)
 def _restored_cache() -> Iterator[None]:
-    before = jax.config.jax_compilation_cache_dir
+    names = (
+        "jax_enable_compilation_cache",
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def test_one_device_needs_no_options() -> None:
@@ -39,3 +55,42 @@ def test_the_cache_is_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.
     assert use_compilation_cache("auto") is None
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "named"))
     assert use_compilation_cache("auto") == tmp_path / "named"
+
+
+def test_programs_are_kept_by_the_kind_of_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("CRYSTALLM_CACHE", str(tmp_path))
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert keep_programs() is None
+    jax.config.update("jax_enable_compilation_cache", True)
+    folder = keep_programs()
+    assert folder is not None
+    assert folder.parent == tmp_path / "compiled"
+    assert folder.name.startswith("cpu-")
+    assert keep_programs() == folder
+    monkeypatch.setenv("CRYSTALLM_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    assert keep_programs() is None
+    assert "cannot be made" in caplog.text
+
+
+def test_a_second_start_compiles_nothing_and_two_at_once_share_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import jax, jax.numpy as jnp\n"
+        "from crystallm_jax.training.compiler import keep_programs\n"
+        "keep_programs()\n"
+        "found = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: found.append(event))\n"
+        "print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))[0, 0]))\n"
+        "print(found.count('/jax/compilation_cache/cache_misses'))\n"
+    )
+    environment = {**os.environ, "CRYSTALLM_CACHE": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    command = [sys.executable, "-c", code]
+    pair = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    values = {process.communicate(timeout=120)[0].split()[0] for process in pair}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    value, misses = again.stdout.split()
+    assert values == {value}
+    assert misses == "0"

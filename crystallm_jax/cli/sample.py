@@ -159,9 +159,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from crystallm_jax.api import load_model  # noqa: PLC0415 - JAX only once the prompts are good
     from crystallm_jax.results import ResultsFolder, sample_into  # noqa: PLC0415
+    from crystallm_jax.sampling.devices import use_all_cores  # noqa: PLC0415
+    from crystallm_jax.training.compiler import keep_programs  # noqa: PLC0415
 
     request, target = _request(arguments), _target(arguments)
+    use_all_cores()
     with terminate_as_interrupt() as interruption, joined(arguments) as part:
+        keep_programs()
         model = load_model(arguments.model, dtype=arguments.dtype)
         own = [prompt for index, prompt in enumerate(prompts) if part.has(index)]
         with (

@@ -1,7 +1,9 @@
 """What the compiler is told: options worth having, and where compiled steps are kept."""
 
+import hashlib
 import logging
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +23,9 @@ SEVERAL_GPUS = {
     "xla_gpu_enable_pipelined_reduce_scatter": True,
     "xla_gpu_enable_pipelined_all_reduce": True,
 }
+
+# Of what sampling keeps compiled: a hundred models and batches.
+_KEPT_BYTES = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,46 @@ def known_options(options: Mapping[str, bool | str]) -> dict[str, bool | str]:
         else:
             known[name] = value
     return known
+
+
+def keep_programs() -> Path | None:
+    """Keep all programs of this process on disk, so that a second start compiles none of them; returns where.
+
+    In $JAX_COMPILATION_CACHE_DIR, else in a folder of `cache_folder()`, one for each kind of processor, whose code may
+    not run on another. What was not used for longest is removed beyond a gibibyte. Processes may share the folder, by a
+    lock. Where it cannot be made, nothing is kept, and that is said. $JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return None
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named:
+        folder = Path(named)
+    else:
+        kind = _processor() if jax.default_backend() == "cpu" else jax.default_backend()
+        folder = cache_folder() / "compiled" / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("%s: cannot be made (%s), so programs are compiled anew", folder, error.strerror)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _KEPT_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def _processor() -> str:
+    """A name for what this processor can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    told = sorted(
+        {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    )
+    digest = hashlib.sha256("\n".join([platform.machine(), *(told or lines)]).encode()).hexdigest()
+    return f"cpu-{digest[:16]}"
 
 
 def use_compilation_cache(setting: str | None) -> Path | None:
