@@ -24,6 +24,7 @@ import numpy as np
 from sampling_cases import MODELS, VOCAB_SIZE, Case, prompts_of
 
 from crystallm_jax.model import ModelConfig, count_params, init_params
+from crystallm_jax.sampling.devices import use_all_cores
 from crystallm_jax.sampling.generate import generate
 from crystallm_jax.sampling.requests import Completion, GenerationRequest, Wanted
 
@@ -165,6 +166,7 @@ def probe(models: list[str]) -> dict[str, Any]:
 def main() -> int:
     """Do what the one argument asks and print the result."""
     job = json.loads(sys.argv[1])
+    use_all_cores()
     if "probe" in job:
         print(json.dumps(probe(job["probe"])))
         return 0

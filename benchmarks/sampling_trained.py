@@ -30,6 +30,7 @@ from crystallm_jax.cif import make_prompt
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.evaluation import ValidatorPool
 from crystallm_jax.samples import Sample
+from crystallm_jax.sampling.devices import use_all_cores
 from crystallm_jax.sampling.prompt_files import read_prompts
 from crystallm_jax.sampling.requests import GenerationRequest
 
@@ -189,6 +190,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Measure, print a table and write JSON."""
     options = parse()
+    use_all_cores()
     if not set(options.constrain) <= set(LEVELS):
         print(f"--constrain {','.join(options.constrain)}: there are {', '.join(LEVELS)}", file=sys.stderr)
         return 2

@@ -35,6 +35,7 @@ from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
 from crystallm_jax.samples import Sample
+from crystallm_jax.sampling.devices import use_all_cores
 
 # Texts of like length that are read together.
 _TOGETHER = 8
@@ -249,6 +250,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Measure, print a table and write JSON."""
     options = parse()
+    use_all_cores()
     try:
         theirs = load_model(options.model)
         with tempfile.TemporaryDirectory() as folder:
