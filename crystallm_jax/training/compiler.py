@@ -57,7 +57,7 @@ def keep_programs() -> Path | None:
     not run on another. What was not used for longest is removed beyond a gibibyte. Processes may share the folder, by a
     lock. Where it cannot be made, nothing is kept, and that is said. $JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
     """
-    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if named:
