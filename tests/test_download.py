@@ -656,7 +656,12 @@ def test_ctrl_c_leaves_what_has_come(server: Server, tmp_path: Path) -> None:
     server.script = [stalls]
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= {"CRYSTALLM_MIRROR": server.url, "CRYSTALLM_CACHE": str(tmp_path)}
-    command = [sys.executable, "-m", "crystallm_jax", "download", "challenge_set_v1"]
+    # Where the tests run as a background job, SIGINT is ignored from the start.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from crystallm_jax.cli import main; sys.exit(main(['download', 'challenge_set_v1']))"
+    )
+    command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert reached.wait(60)
         partial = tmp_path / "artifacts" / f"{artifact.name}.partial"
