@@ -166,11 +166,12 @@ def probe(models: list[str]) -> dict[str, Any]:
 def main() -> int:
     """Do what the one argument asks and print the result."""
     job = json.loads(sys.argv[1])
-    use_all_cores()
     if "probe" in job:
         print(json.dumps(probe(job["probe"])))
         return 0
-    result = measure(Case(**job["case"]), waves=job["waves"], seconds=job["seconds"], runs=job["runs"])
+    case = Case(**job["case"])
+    use_all_cores(case.batch_size)
+    result = measure(case, waves=job["waves"], seconds=job["seconds"], runs=job["runs"])
     print(json.dumps(result))
     return 0
 

@@ -190,7 +190,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Measure, print a table and write JSON."""
     options = parse()
-    use_all_cores()
+    use_all_cores(options.batch_size)
     if not set(options.constrain) <= set(LEVELS):
         print(f"--constrain {','.join(options.constrain)}: there are {', '.join(LEVELS)}", file=sys.stderr)
         return 2

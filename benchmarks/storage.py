@@ -250,7 +250,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Measure, print a table and write JSON."""
     options = parse()
-    use_all_cores()
+    use_all_cores(max(options.batch_sizes))
     try:
         theirs = load_model(options.model)
         with tempfile.TemporaryDirectory() as folder:

@@ -134,3 +134,20 @@ def test_weights_are_where_the_engine_is() -> None:
     placement = placements(CONFIG, 1)[0]
     weights = placement.weights(prepare_weights(CONFIG, params))
     assert {leaf.sharding for leaf in jax.tree.leaves(weights)} == {placement.whole}
+
+
+@pytest.mark.parametrize(
+    ("rows", "variables", "devices"),
+    [(16, {}, 2), (15, {}, 1), (64, {"JAX_NUM_CPU_DEVICES": "3"}, 3)],
+    ids=["many rows", "few rows", "as the user says"],
+)
+def test_many_rows_make_two_devices_of_a_cpu(rows: int, variables: dict[str, str], devices: int) -> None:
+    code = (
+        "import jax; from crystallm_jax.sampling import devices; devices.usable_cores = lambda: 4;"
+        f"devices.use_all_cores({rows}); print(len(jax.devices())); devices.use_all_cores(99)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | variables
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(found.stdout) == devices

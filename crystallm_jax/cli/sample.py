@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     from crystallm_jax.training.compiler import keep_programs  # noqa: PLC0415
 
     request, target = _request(arguments), _target(arguments)
-    use_all_cores()
+    use_all_cores(_rows(prompts, request, target))
     with terminate_as_interrupt() as interruption, joined(arguments) as part:
         keep_programs()
         model = load_model(arguments.model, dtype=arguments.dtype)
@@ -191,6 +191,12 @@ def run(arguments: argparse.Namespace) -> int:
     if summary is not None:
         _report(summary, arguments)
     return 0
+
+
+def _rows(prompts: "Sequence[Prompt]", request: "GenerationRequest", target: "ValidTarget | None") -> int:
+    """Rows that there are to decode together."""
+    wanted = sum(prompt.n or request.num_samples for prompt in prompts) if target is None else sys.maxsize
+    return min(wanted, request.batch_size or wanted)
 
 
 def _check(arguments: argparse.Namespace) -> None:

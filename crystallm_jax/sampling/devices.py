@@ -19,12 +19,19 @@ from crystallm_jax.processes import usable_cores
 # Devices that a CPU's cores are at most. With two on two cores all of a step runs on both, not its matrix products
 # alone: 1.2 to 1.5 times as fast (measured). Of more cores each has several for its products; not measured.
 _CPU_DEVICES = 2
+# With fewer rows each (measured: four) two are slower than one, for a step of few rows takes hardly less than one of
+# twice as many.
+_WORTH_A_DEVICE = 8
 
 
-def use_all_cores() -> None:
-    """Let a CPU be two devices, each with an engine of its own, unless the user has said how many or jax has looked."""
+def use_all_cores(rows: int) -> None:
+    """Let a CPU be two devices, each with an engine of its own, unless the user has said how many or jax has looked.
+
+    Args:
+        rows: that are decoded together at most; few are left to one device.
+    """
     said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
+    if rows >= _CPU_DEVICES * _WORTH_A_DEVICE and not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with suppress(RuntimeError):  # jax has looked
             jax.config.update("jax_num_cpu_devices", min(usable_cores(), _CPU_DEVICES))
 
