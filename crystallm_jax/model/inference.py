@@ -84,6 +84,10 @@ def prepare_weights(config: ModelConfig, params: dict) -> Weights:
     )
 
 
+# Compiled once a shape of model.
+prepared_weights = jax.jit(prepare_weights, static_argnums=0)
+
+
 def read_columns(
     config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, *, attend: Attend
 ) -> jax.Array:

@@ -7,7 +7,7 @@ import numpy as np
 
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.model.inference import prepare_weights
+from crystallm_jax.model.inference import prepared_weights
 from crystallm_jax.sampling.constrain import Automaton
 from crystallm_jax.sampling.decode import Rules
 from crystallm_jax.sampling.devices import placements
@@ -20,9 +20,6 @@ from crystallm_jax.sampling.slide import slide
 
 # What the published generator allows when its window slides (`max_new_tokens` of its generate_cifs.py).
 SLIDE_NEW_TOKENS = 3000
-
-
-_prepare = jax.jit(prepare_weights, static_argnums=0)
 
 
 def generate(
@@ -67,7 +64,7 @@ def generate(
     shape = EngineShape(
         config, rules, rows, page_size(places[0].platform), request.cache_dtype or config.dtype, longest
     )
-    weights = _prepare(config, params)
+    weights = prepared_weights(config, params)
     engines = [Engine(shape, weights, place) for place in places]
     keys = PromptKeys(prompts, request.seed)
 

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.model.inference import prepare_weights
+from crystallm_jax.model.inference import prepared_weights
 from crystallm_jax.sampling.reader import read_texts
 
 # Tokens that are read at once: each is compared with all of them.
 _MOST = 1024
 _PAGE = 16
-
-_prepare = jax.jit(prepare_weights, static_argnums=0)
 
 
 def score_texts(config: ModelConfig, params: dict, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -34,7 +31,7 @@ def score_texts(config: ModelConfig, params: dict, texts: Sequence[np.ndarray]) 
                 f"text {number} has {len(text)} tokens: from 1 to {config.block_size + 1} can be scored with a"
                 f" context of {config.block_size}"
             )
-    weights, found = _prepare(config, params), []
+    weights, found = prepared_weights(config, params), []
     for reads in read_texts(config, weights, texts, page=_PAGE, dtype=config.dtype, most=_MOST):
         log_probs = np.asarray(reads[0].reading.log_probs, np.float64)
         found += [log_probs[read.number] for read in reads]
