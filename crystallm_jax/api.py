@@ -67,7 +67,8 @@ class CrystalModel(LoadedModel):
             max_new_tokens: most tokens to add; None goes on to the end of the context.
             seed: of all randomness: the same sample for the same (seed, prompt, sample index).
             batch_size: rows decoded together; it changes no sample. None takes 64 on a CPU, 512 elsewhere.
-            constrain: what every sample is held to: `syntax`, `composition` or `symmetry`; None to nothing.
+            constrain: what every sample is held to: `syntax`, `composition`, `symmetry` or `positions`;
+                None to nothing.
             overflow: at the context's end, `stop` or (published, slow) `slide`.
 
         Raises:

@@ -29,6 +29,8 @@ class Sample:
         log_prob: log-probability in nats of what was generated (temperature 1, all tokens).
         finished: whether the text came to its end; otherwise a limit cut it.
         seconds: from its beginning in a batch to its end.
+        returns: how often it went back, as its cell or a site could not stay (`constrain="positions"`).
+        unplaced: whether it was given up, as its atoms found no place; it is not finished then.
     """
 
     prompt_index: int
@@ -38,6 +40,8 @@ class Sample:
     log_prob: float
     finished: bool
     seconds: float = field(default=0.0, compare=False)
+    returns: int = 0
+    unplaced: bool = False
 
     @cached_property
     def cif(self) -> str:

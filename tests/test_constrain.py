@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pymatgen.core import Lattice
+from pymatgen.core.operations import SymmOp
+
 from crystallm_jax.cif import (
     SPACEGROUPS,
     CIFTokenizer,
     make_prompt,
     postprocess_cif,
     preprocess_cif,
+    spacegroup_operations,
     stream_text,
 )
 from crystallm_jax.cif.formula import parse_formula
@@ -40,7 +44,7 @@ from crystallm_jax.sampling.constrain import (
 )
 from crystallm_jax.sampling.constrain.nodes import Node
 
-LEVELS = ("syntax", "composition", "symmetry")
+LEVELS = ("syntax", "composition", "symmetry", "positions")
 LIMIT = 1024
 # Rows and steps of the one compiled function that all tests share.
 ROWS, STEPS = 24, 256
@@ -182,14 +186,10 @@ def _check_syntax(text: str) -> re.Match[str]:
     """A well-formed file of the dialect, by means that the automaton does not know of."""
     found = FILE.fullmatch(text)
     assert found is not None, text
-    seen = set()
     for n, line in enumerate(found["sites"].splitlines()):
         site = SITE.fullmatch(line)
         assert site is not None, line
         assert int(site[2]) == n
-        place = tuple(float(x) % 1 for x in site.groups()[3:])
-        assert place not in seen
-        seen.add(place)
     post = postprocess_cif(text)
     parse_blocks(post)
     assert is_sensible(post)
@@ -238,7 +238,36 @@ def _check_symmetry(text: str) -> None:
         assert alpha == gamma == right
 
 
-CHECKS = {"syntax": _check_syntax, "composition": _check_composition, "symmetry": _check_symmetry}
+def _check_positions(text: str) -> None:
+    _check_symmetry(text)
+    found = _check_syntax(text)
+    operations = [SymmOp.from_xyz_str(line) for line in spacegroup_operations(found["group"])]
+    for line in found["sites"].splitlines():
+        _, _, multiplicity, *coordinates = line.split()[:6]
+        point = np.array([_THIRDS.get(x, float(x)) for x in coordinates])
+        steps = np.stack([operation.operate(point) for operation in operations]) - point
+        # The operations that leave a site where it is, but for the rounding of coordinates that hang together.
+        kept = int((np.abs(steps - np.rint(steps)).max(axis=1) < 2.5e-4).sum())
+        assert kept >= len(operations) / int(multiplicity)
+    lattice = Lattice.from_parameters(
+        *(float(found[name]) for name in ("a", "b", "c", "alpha", "beta", "gamma"))
+    )
+    assert float(found["volume"]) == pytest.approx(min(lattice.volume, 2e5), rel=3e-3)
+
+
+_THIRDS = {"0.3333": 1 / 3, "0.6667": 2 / 3}
+CHECKS = {
+    "syntax": _check_syntax,
+    "composition": _check_composition,
+    "symmetry": _check_symmetry,
+    "positions": _check_positions,
+}
+
+
+def _places(text: str) -> list[tuple[float, ...]]:
+    """Coordinates of the sites within the cell."""
+    sites = (SITE.fullmatch(line) for line in _check_syntax(text)["sites"].splitlines())
+    return [tuple(float(x) % 1 for x in site.groups()[3:]) for site in sites if site is not None]
 
 
 def _wanted(level: str) -> list[Row]:
@@ -267,6 +296,8 @@ def test_any_model_writes_whole_files_of_its_prompt(level: str) -> None:
         assert length <= row.limit
         assert text.startswith(re.sub(" +", " ", row.prompt))
         CHECKS[level](text)
+        # At level `positions` sites that coincide are found by their distance, once they are written.
+        assert level == "positions" or len(set(_places(text))) == len(_places(text))
     assert len(set(texts)) == len(texts)
 
 
@@ -288,7 +319,7 @@ def test_real_crystals_are_accepted_token_by_token(level: str) -> None:
     automaton = Automaton(level)
     texts = _real_texts()
     assert len(texts) == ROWS
-    kind = "spacegroup" if level == "symmetry" else "composition"
+    kind = "spacegroup" if level in ("symmetry", "positions") else "composition"
     plans, rests = [], []
     for text in texts:
         start = _end_of_beginning(text, kind)

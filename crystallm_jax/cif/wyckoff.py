@@ -73,7 +73,7 @@ def derive_site_classes(operations: Sequence[str]) -> tuple[SiteClass, ...]:
     of points whose site symmetry leaves no direction as it is. Those with one are lines along the axes of the
     site symmetries and planes of their mirrors; the general position is the last.
     """
-    rotations, translations = _matrices(operations)
+    rotations, translations = parse_operations(operations, _GRID)
     points = np.indices((_GRID,) * 3).reshape(3, -1)
     kept = np.empty((len(operations), points.shape[1]), dtype=bool)
     for row, rotation, translation in zip(kept, rotations, translations, strict=True):
@@ -96,8 +96,8 @@ def derive_site_classes(operations: Sequence[str]) -> tuple[SiteClass, ...]:
     )
 
 
-def _matrices(operations: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rotations [N, 3, 3] and translations [N, 3], in steps of the grid."""
+def parse_operations(operations: Sequence[str], grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """Operations such as `-x, y+1/2, -z`: rotations [N, 3, 3] and translations [N, 3] in steps of 1 / grid."""
     rotations = np.zeros((len(operations), 3, 3), dtype=np.int64)
     translations = np.zeros((len(operations), 3), dtype=np.int64)
     for n, operation in enumerate(operations):
@@ -107,7 +107,7 @@ def _matrices(operations: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
                 if axis:
                     rotations[n, i, "xyz".index(axis)] += factor
                 else:
-                    steps = Fraction(int(above), int(below or 1)) * _GRID
+                    steps = Fraction(int(above), int(below or 1)) * grid
                     translations[n, i] += factor * int(steps)
     return rotations, translations
 

@@ -104,9 +104,10 @@ def _add_method(add: Callable[..., Any]) -> None:
     add("--seed", type=_seed, default=0, metavar="S", help="default: %(default)s")
     add(
         "--constrain",
-        choices=("syntax", "composition", "symmetry"),
-        help="hold every sample to the dialect's syntax, to the prompt's composition too, or to multiplicities that"
-        " the space group has as well (default: to nothing, as published)",
+        choices=("syntax", "composition", "symmetry", "positions"),
+        help="hold every sample to the dialect's syntax, to the prompt's composition too, to multiplicities that"
+        " the space group has as well, or also to places and distances of its atoms (default: to nothing, as"
+        " published)",
     )
     add(
         "--overflow",

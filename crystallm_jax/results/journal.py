@@ -31,6 +31,8 @@ class Entry(NamedTuple):
         frame: of the extxyz file.
         symmetrized: whether there is a symmetrised CIF.
         omitted: why frame or symmetrised CIF are missing.
+        returns: how often the sample went back.
+        unplaced: whether it was given up, as its atoms found no place.
     """
 
     prompt_index: int
@@ -44,6 +46,8 @@ class Entry(NamedTuple):
     frame: str | None
     symmetrized: bool
     omitted: str | None
+    returns: int = 0
+    unplaced: bool = False
 
 
 def entry_of(sample: Sample, *, prompt_tokens: int) -> Entry:
@@ -60,6 +64,8 @@ def entry_of(sample: Sample, *, prompt_tokens: int) -> Entry:
         frame=None,
         symmetrized=False,
         omitted=None,
+        returns=sample.returns,
+        unplaced=sample.unplaced,
     )
 
 

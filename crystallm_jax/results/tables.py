@@ -47,6 +47,7 @@ _COLUMNS = (
     "reasons",
     *_VERDICTS,
     "omitted",
+    "returns",
 )
 
 
@@ -202,6 +203,7 @@ def _row(entry: Entry, prompt: Prompt, *, seed: int, rank: int) -> dict[str, Any
         "reasons": " ".join(entry.verdicts["reasons"]),
         **{name: entry.verdicts[name] for name in _VERDICTS},
         "omitted": entry.omitted,
+        "returns": entry.returns,
     }
 
 
@@ -214,7 +216,7 @@ def _frame(entry: Entry, frame: str, prompt: Prompt, *, rank: int) -> str:
 
 def _first_reason(entry: Entry) -> str:
     if not entry.finished:
-        return "unfinished"
+        return "unplaced" if entry.unplaced else "unfinished"
     reasons = entry.verdicts["reasons"]
     return str(reasons[0]) if reasons else "unknown"
 

@@ -5,7 +5,7 @@ positions. In between it sees nothing but the rows' lengths and how they stand.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -21,13 +21,16 @@ from crystallm_jax.sampling.decode import Rules, decoder
 from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.pool import Pool
 from crystallm_jax.sampling.reader import Read, read_texts
+from crystallm_jax.sampling.returns import CELL, History, go_back
 from crystallm_jax.sampling.rows import (
     NewRows,
     begin_rows,
     empty_rows,
     fork_rows,
     look_at,
+    look_at_crystals,
     replan_rows,
+    return_to_sites,
     take_rows_back,
 )
 from crystallm_jax.sampling.shapes import padded, padded_rows
@@ -57,20 +60,33 @@ class Row(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A row that ended: its tokens, log-probability in nats, whether it came to its end, seconds since it began."""
+    """A row that ended.
+
+    Attributes:
+        row: what was asked for.
+        tokens: int32 [T]; prompt and generated tokens.
+        log_prob: in nats.
+        finished: whether it came to its end.
+        seconds: since it began.
+        history: what failed in its crystal.
+        unplaced: whether it was given up, as its atoms found no place.
+    """
 
     row: Row
     tokens: np.ndarray
     log_prob: float
     finished: bool
     seconds: float
+    history: History
+    unplaced: bool
 
 
 class _Planned(NamedTuple):
-    """Registers of a row under constraint, and the tokens that its text had there."""
+    """Registers of a row under constraint, the tokens that its text had there, and those forced behind them."""
 
     state: AutomatonState
     length: int
+    forced: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ class Engine:
         self._planned: list[_Planned | None] = [None] * rows
         # Tokens of each row, and how many of them were read.
         self._length, self._read = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self._histories = [History()] * rows
         # Texts that were read, so that the samples of one prompt share its reading.
         self._texts: dict[bytes, Read] = {}
 
@@ -147,6 +164,7 @@ class Engine:
         places = [place for place, row in enumerate(self._rows) if row is None][: len(rows)]
         for place, row, plan, text in zip(places, rows, plans, texts, strict=True):
             self._rows[place], self._begun[place] = row, time.perf_counter()
+            self._histories[place] = History()
             self._length[place], self._read[place] = len(text), len(text) - 1
             self._planned[place] = None if plan is None else _Planned(plan.state, len(text))
         self._give_pages(places, reads)
@@ -170,19 +188,24 @@ class Engine:
 
     def finish(self) -> list[Ended]:
         """Wait for the steps; the rows that ended, whose places are free again."""
+        failed, begins = self._look_at_crystals()
         state = self._state
         waits = state.finished if state.automaton is None else state.automaton.waiting
-        length, unread, finished, waiting = jax.device_get(
-            (state.length, state.unread, state.finished, waits)
+        length, unread, finished, waiting, failed, begins = jax.device_get(
+            (state.length, state.unread, state.finished, waits, failed, begins)
         )
         taken = np.array([row is not None for row in self._rows])
         limit = np.array([0 if row is None else row.limit for row in self._rows])
+        back, unplaced = self._parts_to_draw_anew(np.flatnonzero(taken & (failed >= 0)), failed)
         ended = taken & (finished | (length >= limit))
+        ended[list(back)] = False
+        ended[unplaced] = True
         read = length - unread
         self._keep_log(np.flatnonzero(taken & ~ended & (read > self._read)), read - self._read)
         self._length, self._read = np.where(taken, length, 0), np.where(taken, read, 0)
-        results = self._take_out(np.flatnonzero(ended))
+        results = self._take_out(np.flatnonzero(ended), unplaced)
         self._replan(np.flatnonzero(waiting & taken & ~ended))
+        self._draw_anew(back, begins)
         return results
 
     def take_back(self, lengths: dict[tuple[int, int], int]) -> None:
@@ -194,6 +217,8 @@ class Engine:
         Raises:
             ValueError: no row has the name, or the length is less than its prompt's or more than its text's.
         """
+        if not lengths:
+            return
         places, to = [self._place(name) for name in lengths], list(lengths.values())
         for place, length in zip(places, to, strict=True):
             least, most = len(self._row(place).prompt), self._length[place]
@@ -228,6 +253,7 @@ class Engine:
         for place, row in zip(places, rows, strict=True):
             self._rows[place] = row._replace(prompt=self._row(source).prompt)
             self._begun[place], self._planned[place] = self._begun[source], self._planned[source]
+            self._histories[place] = self._histories[source]
             self._length[place], self._read[place] = self._length[source], self._read[source]
         self._pool.copy(source, places)
         size = padded_rows(len(places))
@@ -237,6 +263,43 @@ class Engine:
             source=np.full(size, source, np.int32),
             key=padded(np.stack([row.key for row in rows]), size, fill=0),
             limit=padded([row.limit for row in rows], size, fill=0),
+        )
+
+    def _look_at_crystals(self) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
+        """The part of each row's crystal that cannot stay, -1 for none, and where its sites begin, [B, sites]."""
+        automaton = self._shape.rules.automaton
+        if automaton is None or not automaton.holds("positions"):
+            return np.full(len(self._rows), -1), np.zeros((len(self._rows), 0), np.int32)
+        self._state, failed, begins = look_at_crystals(self._state)
+        return failed, begins
+
+    def _parts_to_draw_anew(self, places: np.ndarray, failed: np.ndarray) -> tuple[dict[int, int], list[int]]:
+        """The part that each row goes back to, and the rows that are given up."""
+        back, unplaced = {}, []
+        for place in places.tolist():
+            self._histories[place], part = go_back(self._histories[place], int(failed[place]))
+            if part is None:
+                unplaced.append(place)
+            else:
+                back[place] = part
+        return back, unplaced
+
+    def _draw_anew(self, back: Mapping[int, int], begins: np.ndarray) -> None:
+        """Let rows go back to the beginning of a part of their crystals."""
+        cells = {place: self._planned[place] for place, part in back.items() if part == CELL}
+        self.take_back(
+            {self._row(place).name: since.length + since.forced for place, since in cells.items() if since}
+        )
+        sites = {place: part - 1 for place, part in back.items() if part != CELL}
+        if not sites:
+            return
+        for place, site in sites.items():
+            length = int(begins[place, site])
+            self._pool.cut(place, length - 1)
+            self._length[place], self._read[place] = length, length - 1
+        size = padded_rows(len(sites))
+        self._state = return_to_sites(
+            self._state, self._padded_places(list(sites), size), padded(list(sites.values()), size, fill=0)
         )
 
     def _plan(self, text: np.ndarray, limit: int) -> RowPlan | None:
@@ -309,7 +372,7 @@ class Engine:
             targets = [self._pool.assign(int(place), [int(written[place])])[0] for place in places]
             self._pool.put(_log_pages(self._log), places.tolist(), targets)
 
-    def _take_out(self, places: np.ndarray) -> list[Ended]:
+    def _take_out(self, places: np.ndarray, unplaced: Collection[int]) -> list[Ended]:
         if not len(places):
             return []
         seen = look_at(self._state, padded(places, padded_rows(len(places)), fill=0))
@@ -318,7 +381,12 @@ class Engine:
             row, length = self._row(place), seen.length[i]
             log_prob = float(seen.log_probs[i, len(row.prompt) : length].sum())
             seconds = time.perf_counter() - self._begun[place]
-            results.append(Ended(row, seen.tokens[i, :length], log_prob, bool(seen.finished[i]), seconds))
+            given_up = place in unplaced
+            finished = bool(seen.finished[i]) and not given_up
+            history = self._histories[place]
+            results.append(
+                Ended(row, seen.tokens[i, :length], log_prob, finished, seconds, history, given_up)
+            )
             self._rows[place], self._planned[place] = None, None
             self._length[place] = self._read[place] = 0
             self._pool.release(place)
@@ -335,7 +403,7 @@ class Engine:
             text = seen.tokens[i, : seen.length[i]]
             plan = self._plan(text, self._row(place).limit)
             if plan is not None:
-                self._planned[place] = _Planned(plan.start, len(text))
+                self._planned[place] = _Planned(plan.start, len(text), len(plan.forced))
                 states.append(plan.start)
         self._state = replan_rows(
             self._state, self._padded_places(places.tolist(), size), _stacked(states, size)

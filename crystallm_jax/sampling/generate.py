@@ -173,4 +173,6 @@ def _completion(ended: Ended) -> Completion:
         log_prob=ended.log_prob,
         finished=ended.finished,
         seconds=ended.seconds,
+        returns=ended.history.returns,
+        unplaced=ended.unplaced,
     )

@@ -21,6 +21,8 @@ class Completion(NamedTuple):
         log_prob: log-probability in nats of the generated tokens under the model (temperature 1, all tokens).
         finished: whether the text came to its end (two newlines) before a limit.
         seconds: from its beginning in a batch to its end.
+        returns: how often it went back, as its cell or a site could not stay.
+        unplaced: whether it was given up, as its atoms found no place; it is not finished then.
     """
 
     prompt_index: int
@@ -29,6 +31,8 @@ class Completion(NamedTuple):
     log_prob: float
     finished: bool
     seconds: float = 0.0
+    returns: int = 0
+    unplaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class GenerationRequest:
             It changes no sample but for rounding.
         overflow: `stop` ends a sample unfinished where the context ends; `slide` goes on as the published
             generator does, uncached and slow.
-        constrain: what every sample is held to: `syntax` of the dialect, the prompt's `composition` too, or the
-            stated space group's `symmetry` as well; None holds it to nothing.
+        constrain: what every sample is held to: `syntax` of the dialect, the prompt's `composition` too, the
+            stated space group's `symmetry` as well, or also the `positions` of its atoms; None holds it to nothing.
         cache_dtype: of the keys and values kept; None takes the model's. `bfloat16` halves the memory and what a
             step reads.
     """

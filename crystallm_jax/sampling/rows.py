@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystallm_jax.sampling.constrain import Automaton, AutomatonState, advance
+from crystallm_jax.sampling.constrain import Automaton, AutomatonState, Placed, advance, before_site, look
 
 Array = jax.Array | np.ndarray
 
@@ -178,6 +178,41 @@ def take_rows_back(
         returns=put(state.returns, returns + 1),
         automaton=jax.tree.map(put, state.automaton, registers),
     )
+
+
+@partial(jax.jit, donate_argnames="state")
+def return_to_sites(state: RowState, places: Array, site: Array) -> RowState:
+    """The state with the rows in `places` [R] at the beginning of a site of theirs [R], which they draw anew."""
+    if state.automaton is None:
+        raise RuntimeError("rows that are held to nothing keep no sites")
+    put, (returns, limit, registers) = (
+        _into(places),
+        _rows((state.returns, state.limit, state.automaton), places),
+    )
+    registers = before_site(registers, jnp.asarray(site))
+    yes = jnp.ones(places.shape[0], bool)
+    return replace(
+        state,
+        length=put(state.length, limit - registers.room),
+        unread=put(state.unread, yes),
+        finished=put(state.finished, ~yes),
+        returns=put(state.returns, returns + 1),
+        automaton=jax.tree.map(put, state.automaton, registers),
+    )
+
+
+@partial(jax.jit, donate_argnames="state")
+def look_at_crystals(state: RowState) -> tuple[RowState, jax.Array, jax.Array]:
+    """Look at what rows have written of their crystals since the last look.
+
+    Returns:
+        The state; int32 [B], the part that cannot stay, -1 for none; int32 [B, sites], tokens before each site.
+    """
+    if state.automaton is None:
+        raise RuntimeError("rows that are held to nothing have no crystals to look at")
+    registers, failed = look(state.automaton)
+    begins = state.limit[:, None] - registers.placed[:, :, Placed.ROOM]
+    return replace(state, automaton=registers), jnp.where(state.limit > 0, failed, -1), begins
 
 
 @partial(jax.jit, donate_argnames="state")

@@ -12,6 +12,7 @@ from crystallm_jax.sampling.constrain.costs import (
     COUNT_DIGIT_COST,
     ELEMENT_COST,
     END_COST,
+    FIELD_MARGIN,
     MULTIPLICITY_COST,
     SITE_COST,
 )
@@ -31,8 +32,10 @@ from crystallm_jax.sampling.constrain.nodes import (
     Slot,
     tables,
 )
+from crystallm_jax.sampling.constrain.places import fixed_position
 from crystallm_jax.sampling.constrain.script import script_end
-from crystallm_jax.sampling.constrain.state import AutomatonState
+from crystallm_jax.sampling.constrain.volumes import length_bounds, volume_bounds
+from crystallm_jax.sampling.constrain.state import AutomatonState, Placed
 
 _UNIT = 10**DECIMALS
 # Angles closer than this (in degrees) to those of a flat cell are none.
@@ -65,9 +68,13 @@ def advance(
     digit = jnp.asarray(_DIGIT)[token]
     new = replace(state, room=state.room - 1)
     new, field_done, script_read, begin = _read(state, new, target, token=token, digit=digit)
-    if automaton.level != "syntax":
+    if automaton.holds("composition"):
         occupied = (node == Node.WHOLE) & (state.slot == Slot.MULTIPLICITY) & (digit < 0)
         new = _occupy(automaton, new).where(occupied, new)
+    if automaton.holds("positions"):
+        new = _place(
+            state, new, z_done=(state.slot == Slot.Z) & (node == Node.FRACTION) & (new.node == Node.GAP)
+        )
     new = replace(
         new,
         place=new.place + script_read,
@@ -110,9 +117,6 @@ def _read(
     kind = jnp.take_along_axis(state.kinds, state.field[:, None], axis=1)[:, 0]
     finished = done & in_field
 
-    def kept(wanted: Kind, before: jax.Array, now: jax.Array) -> jax.Array:
-        return jnp.where(finished & (kind == wanted), now, before)
-
     group_number = jnp.asarray(tables().group_number)[token]
     new = replace(
         new,
@@ -121,10 +125,8 @@ def _read(
         digits=state.digits + (whole & is_digit),
         decimals=decimals,
         high=jnp.where(whole & (token == MINUS), 0, state.high),
-        edge=kept(Kind.EDGE, state.edge, value),
-        edge_digits=kept(Kind.EDGE, state.edge_digits, state.digits),
-        alpha=kept(Kind.ALPHA, state.alpha, value),
-        beta=kept(Kind.BETA, state.beta, value),
+        cell=jnp.where((finished[:, None]) & (kind[:, None] == np.arange(6)), value[:, None], state.cell),
+        edge_digits=jnp.where(finished & (kind == Kind.EDGE), state.digits, state.edge_digits),
         group_number=jnp.where(node == Node.GROUP, group_number, state.group_number),
         site=state.site + (node == Node.ROW_END),
         sites=_remember(state, jnp.where(done, slot, _NO_SLOT), value),
@@ -185,17 +187,36 @@ def _occupy(automaton: Automaton, state: AutomatonState) -> AutomatonState:
     """The registers with a site of the multiplicity that has been written taken by its element."""
     mine = jnp.arange(state.remaining.shape[1]) == state.element[:, None]
     remaining = state.remaining - jnp.where(mine, state.value[:, None], 0)
-    if automaton.level != "symmetry":
+    if not automaton.holds("symmetry"):
         return replace(state, remaining=remaining)
     chosen = state.multiplicities == state.value[:, None]
     steps = jnp.sum(jnp.where(chosen, state.steps, 0), axis=1)
     stride = jnp.sum(jnp.where(mine, state.strides, 0), axis=1)
     weight = jnp.sum(jnp.where(chosen & (state.most > 0), state.weights, 0), axis=1)
-    after = replace(state, remaining=remaining)
+    after = replace(state, remaining=remaining, multiplicity=state.value)
     level = current_level(after)
     next_level = (level != current_level(state)) & jnp.any(remaining > 0, axis=1)
     # The table has the next level's full state before this one's empty one.
     return replace(after, index=state.index - steps * stride - next_level, taken=state.taken + weight)
+
+
+def _place(state: AutomatonState, new: AutomatonState, *, z_done: jax.Array) -> AutomatonState:
+    """What is kept of the site that is being written: how things stood before it, what it is, where it lies."""
+    begins = (state.node == Node.ELEMENT) & (new.node == Node.ELEMENT_GAP)
+    before = {
+        Placed.ROOM: state.room,
+        Placed.INDEX: state.index,
+        Placed.TAKEN: state.taken,
+        Placed.FIXED: state.fixed,
+    }
+    known = {Placed.ELEMENT: new.element, Placed.MULTIPLICITY: new.multiplicity}
+    row = jnp.stack([{**before, **known}[column] for column in Placed], axis=1)
+    columns = np.array([column in before for column in Placed])
+    writes = jnp.where(columns, begins[:, None], z_done[:, None])
+    here = np.arange(state.placed.shape[1]) == state.site[:, None]
+    placed = jnp.where(here[:, :, None] & writes[:, None], row[:, None], state.placed)
+    fixed = state.fixed | jnp.where(z_done, fixed_position(state, new.value), 0)
+    return replace(new, placed=placed, fixed=fixed)
 
 
 def begin_number(automaton: Automaton, state: AutomatonState, slot: jax.Array) -> AutomatonState:
@@ -236,15 +257,25 @@ def enter_field(automaton: Automaton, state: AutomatonState) -> AutomatonState:
     kind = jnp.take_along_axis(state.kinds, state.field[:, None], axis=1)[:, 0]
     low, high = jnp.asarray(_KIND_LOW)[kind], jnp.asarray(_KIND_HIGH)[kind]
     is_gamma = kind == Kind.GAMMA
+    alpha, beta = state.cell[:, Kind.ALPHA], state.cell[:, Kind.BETA]
     flat = round(_FLAT * _UNIT)
-    least = jnp.maximum(jnp.abs(state.alpha - state.beta) + flat, MIN_ANGLE * _UNIT)
-    both = state.alpha + state.beta
+    least = jnp.maximum(jnp.abs(alpha - beta) + flat, MIN_ANGLE * _UNIT)
+    both = alpha + beta
     most = jnp.minimum(jnp.minimum(both, 360 * _UNIT - both) - flat, MAX_ANGLE * _UNIT)
     low, high = jnp.where(is_gamma, least, low), jnp.where(is_gamma, most, high)
     if automaton.level != "syntax":
         is_number = kind == Kind.NUMBER
         low = jnp.where(is_number, state.group_number, low)
         high = jnp.where(is_number, state.group_number, high)
+    if automaton.holds("positions"):
+        least, most = volume_bounds(state.cell)
+        is_volume = kind == Kind.CELL_VOLUME
+        low, high = jnp.where(is_volume, least, low), jnp.where(is_volume, most, high)
+        shortest, longest = length_bounds(state, kind)
+        # Where it leaves nothing, or little room, the cell is written as it comes, and drawn anew.
+        reserve = jnp.take_along_axis(state.reserves, state.field[:, None], axis=1)[:, 0]
+        bounded = (kind <= Kind.THIRD) & (shortest < longest) & (state.room >= reserve + FIELD_MARGIN)
+        low, high = jnp.where(bounded, shortest, low), jnp.where(bounded, longest, high)
     zero = jnp.zeros_like(kind)
     entered = replace(
         state,

@@ -19,7 +19,9 @@ class Automaton:
     Attributes:
         level: `syntax`: every text is a well-formed file of the dialect. `composition`: and has exactly the cell
             composition of its data line. `symmetry`: and its cell and its sites' multiplicities are ones that its
-            space group has.
+            space group has. `positions`: and its sites lie on Wyckoff positions of these multiplicities, and its
+            volume is that of its cell; what else holds of its atoms is looked at as they are written
+            (`constrain.looks`).
     """
 
     level: Level
@@ -27,6 +29,11 @@ class Automaton:
     def __post_init__(self) -> None:
         if self.level not in get_args(Level):
             raise SamplingError(f"constrain={self.level!r}: must be one of {', '.join(get_args(Level))}")
+
+    def holds(self, level: Level) -> bool:
+        """Whether it holds all that a level does."""
+        levels = get_args(Level)
+        return bool(levels.index(self.level) >= levels.index(level))
 
     def plan(self, text: np.ndarray, *, limit: int) -> RowPlan:
         """How a row goes on after its text so far. The same texts and limits are planned once; do not change a plan.
@@ -37,7 +44,7 @@ class Automaton:
             limit: most tokens that the row may have in all.
 
         Raises:
-            SamplingError: no such text, a space group that cannot hold the composition (at level `symmetry`), or a
+            SamplingError: no such text, a space group that cannot hold the composition (from level `symmetry` on), or a
                 limit below what the shortest such file takes.
         """
         return plan_row(self.level, np.asarray(text, "<u2").tobytes(), limit)

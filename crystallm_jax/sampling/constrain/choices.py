@@ -39,8 +39,9 @@ from crystallm_jax.sampling.constrain.nodes import (
     tables,
     token_set,
 )
+from crystallm_jax.sampling.constrain.places import place_digits
 from crystallm_jax.sampling.constrain.script import script_token
-from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, REMEMBERED_SITES, AutomatonState
+from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, MOST_SITES, REMEMBERED_SITES, AutomatonState
 
 _DIGIT_SETS = np.stack([token_set([digit]) for digit in DIGITS])
 _DIGIT_SET = token_set(DIGITS)
@@ -59,7 +60,7 @@ _COUNT_NODES[[node for node in Node if node.name.endswith("_DIGITS")]] = True
 
 
 class SiteChoices(NamedTuple):
-    """What the next site can be, at level `symmetry`.
+    """What the next site can be, from level `symmetry` on.
 
     Attributes:
         possible: bool [B, E, K], whether an element can have a site of a multiplicity as far as the crystal goes.
@@ -82,7 +83,7 @@ def allowed(automaton: Automaton, state: AutomatonState) -> jax.Array:
     sets = jnp.where((closes & (node >= fields))[:, None], closing, static)
     full = jnp.asarray(_COUNT_NODES)[node] & (state.digits >= MAX_COUNT_DIGITS)
     sets = jnp.where(full[:, None], sets & ~_DIGIT_SET, sets)
-    choices = site_choices(state) if automaton.level == "symmetry" else None
+    choices = site_choices(automaton, state) if automaton.holds("symmetry") else None
     forced = jnp.where(node == Node.LABEL_ELEMENT, state.symbol, script_token(state))
     is_forced = (node == Node.SCRIPT) | (node == Node.LABEL_ELEMENT)
     ways = (
@@ -99,7 +100,7 @@ def allowed(automaton: Automaton, state: AutomatonState) -> jax.Array:
     return (bits & 1).astype(bool)
 
 
-def site_choices(state: AutomatonState) -> SiteChoices:
+def site_choices(automaton: Automaton, state: AutomatonState) -> SiteChoices:
     """What the next site can be in the stated space group."""
     values, most = state.multiplicities[:, None, :], state.most[:, None, :]
     index = state.index[:, None, None] - state.steps[:, None, :] * state.strides[:, :, None]
@@ -113,6 +114,8 @@ def site_choices(state: AutomatonState) -> SiteChoices:
     place = jnp.where(possible, place, 0).reshape(B, E * K)
     sites = jnp.take_along_axis(state.table, place, axis=1).reshape(B, E, K).astype(jnp.int32)
     possible &= sites < np.iinfo(np.uint8).max
+    if automaton.holds("positions"):
+        possible &= state.site[:, None, None] + 1 + sites <= MOST_SITES
     rest = rows_cost(state.site[:, None, None] + 1, sites, most_digits=state.most_digits[:, None, None])
     return SiteChoices(possible, digits_of(values) + MULTIPLICITY_COST + rest)
 
@@ -189,6 +192,11 @@ def _number_set(
     can_fraction = (state.low[:, None] // step <= following) & (following <= state.high[:, None] // step)
     can_fraction &= ((left >= 0) & ~(variable & tight & (state.decimals > 0)))[:, None]
     can = jnp.where(whole[:, None], can_whole, can_fraction)
+    minus = whole & (slot >= Slot.X) & (slot <= Slot.Z) & (digits == 0) & (state.high > 0)
+    if automaton.holds("positions"):
+        can &= place_digits(state)
+        # A minus leads where a 1 does, to the cell's corner.
+        minus &= can[:, 1]
     taken = _taken_digits(state)
     can &= ~(taken & jnp.any(can & ~taken, axis=1, keepdims=True))
     ends = jnp.where(whole, inside & (decimals == 0), variable & (state.decimals > 0))
@@ -198,12 +206,11 @@ def _number_set(
         ends = jnp.where(at_site, ends_site, ends)
     rest = 1 + jnp.asarray(_COORDINATE_COSTS)[slot]
     rest += rows_cost(state.site + 1, sites_left(automaton, state), most_digits=state.most_digits)
-    minus = whole & (slot >= Slot.X) & (slot <= Slot.Z) & (digits == 0) & (state.high > 0) & ~taken[:, 1]
     return (
         _digit_sets(can)
         | _only(whole & (decimals > 0) & inside, _POINT_SET)
         | _only(ends, jnp.asarray(_SLOT_ENDS)[slot])
-        | _only(minus & (rest <= state.room), _MINUS_SET)
+        | _only(minus & ~taken[:, 1] & (rest <= state.room), _MINUS_SET)
     )
 
 
@@ -257,7 +264,7 @@ def _element_set(automaton: Automaton, state: AutomatonState, choices: SiteChoic
 
 def counted_sites(automaton: Automaton, count: jax.Array) -> jax.Array:
     """Int32: sites that so many atoms of an element need at most, whatever the other elements are."""
-    if automaton.level != "symmetry":
+    if not automaton.holds("symmetry"):
         return jnp.ones_like(count)
     period = len(SITES_OF_REST)
     return count // period + jnp.asarray(SITES_OF_REST)[count % period]

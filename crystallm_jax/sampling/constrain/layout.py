@@ -11,7 +11,9 @@ from crystallm_jax.cif.tokenizer import shared_tokenizer
 from crystallm_jax.cif.vocabulary import SPACEGROUP_TAG, SPACEGROUPS
 from crystallm_jax.sampling.constrain.nodes import KINDS, Kind
 
-Level = Literal["syntax", "composition", "symmetry"]
+Level = Literal["syntax", "composition", "symmetry", "positions"]
+WITH_GROUP: tuple[Level, ...] = ("symmetry", "positions")
+"""The levels that hold a text to its space group, so that the group must be known before what follows is planned."""
 
 REPEAT = "="
 """Stands in a piece for the first cell length as it was written."""
@@ -42,12 +44,12 @@ _CELL_TAGS = (
     "_cell_angle_gamma",
 )
 # What the model writes of a cell: a field, or the value that the lattice has in the corpus's setting.
-_FREE = (Kind.EDGE, Kind.LENGTH, Kind.LENGTH, Kind.ALPHA, Kind.BETA, Kind.GAMMA)
+_FREE = (Kind.EDGE, Kind.SECOND, Kind.THIRD, Kind.ALPHA, Kind.BETA, Kind.GAMMA)
 _RIGHT = "90.0000"
 _CELLS: tuple[tuple[int, tuple[Kind | str, ...]], ...] = (
     (195, (Kind.EDGE, REPEAT, REPEAT, _RIGHT, _RIGHT, _RIGHT)),
-    (143, (Kind.EDGE, REPEAT, Kind.LENGTH, _RIGHT, _RIGHT, "120.0000")),
-    (75, (Kind.EDGE, REPEAT, Kind.LENGTH, _RIGHT, _RIGHT, _RIGHT)),
+    (143, (Kind.EDGE, REPEAT, Kind.THIRD, _RIGHT, _RIGHT, "120.0000")),
+    (75, (Kind.EDGE, REPEAT, Kind.THIRD, _RIGHT, _RIGHT, _RIGHT)),
     (16, (*_FREE[:3], _RIGHT, _RIGHT, _RIGHT)),
     (3, (*_FREE[:3], _RIGHT, Kind.BETA, _RIGHT)),
     (1, _FREE),
@@ -80,7 +82,7 @@ def before_group(level: Level, counts: Mapping[str, int]) -> list[tuple[str, Kin
 
 
 def after_group(level: Level, counts: Mapping[str, int], symbol: str | None) -> list[tuple[str, Kind]]:
-    """From the space group to the sites; the group is known at level `symmetry`."""
+    """From the space group to the sites; the group is known from level `symmetry` on."""
     parts: list[tuple[str, Kind]] = []
     text = ""
     cell = _FREE if symbol is None else _cell(SPACEGROUPS[symbol])
@@ -108,8 +110,15 @@ def after_group(level: Level, counts: Mapping[str, int], symbol: str | None) -> 
     structural, units = reduced_formula(counts)
     total = cell_formula(counts, separator=" ")
     text += _line("_chemical_formula_structural", structural) + _line("_chemical_formula_sum", total)
-    parts.append((f"{text}\n_cell_volume ", Kind.VOLUME))
+    volume = Kind.CELL_VOLUME if level == "positions" else Kind.VOLUME
+    parts.append((f"{text}\n_cell_volume ", volume))
     return [*parts, (f"\n_cell_formula_units_Z {int(units)}{_LOOPS}", Kind.SITES)]
+
+
+def cell_values(symbol: str) -> tuple[float | None, ...]:
+    """Lengths and angles that a space group fixes, in the order of the text: None for those that are written or repeated."""
+    values = _cell(SPACEGROUPS[symbol])
+    return tuple(None if isinstance(value, Kind) or value == REPEAT else float(value) for value in values)
 
 
 def lay_out(parts: Sequence[tuple[str, Kind]]) -> Layout:

@@ -67,11 +67,14 @@ class Kind(IntEnum):
     """What the model writes by itself between two pieces of the script."""
 
     EDGE = 0
-    """The first cell length, which the script may repeat."""
-    LENGTH = auto()
+    """The first cell length, which the script may repeat. The six of the cell are in the order of the text."""
+    SECOND = auto()
+    THIRD = auto()
     ALPHA = auto()
     BETA = auto()
     GAMMA = auto()
+    CELL_VOLUME = auto()
+    """The volume that lengths and angles give."""
     VOLUME = auto()
     NUMBER = auto()
     UNITS = auto()
@@ -113,19 +116,22 @@ _UNIT = 10**DECIMALS
 MAX_LENGTH = 1000  # Å, as validity has it
 MIN_ANGLE, MAX_ANGLE = 10, 170  # degrees, as validity has it
 # 200,000 Å^3 hold some 10,000 atoms, more than any context.
-_MAX_VOLUME = 200_000 * _UNIT - 1
+MAX_VOLUME = 200_000 * _UNIT - 1
 MAX_MULTIPLICITY = 192
 MAX_COORDINATE = _UNIT
 
 _ANGLE = (MIN_ANGLE * _UNIT, MAX_ANGLE * _UNIT, DECIMALS)
 KINDS = {
     Kind.EDGE: KindRow(Node.WHOLE, _UNIT // 2, MAX_LENGTH * _UNIT, DECIMALS, 6),
-    Kind.LENGTH: KindRow(Node.WHOLE, _UNIT // 2, MAX_LENGTH * _UNIT, DECIMALS, 6),
+    Kind.SECOND: KindRow(Node.WHOLE, _UNIT // 2, MAX_LENGTH * _UNIT, DECIMALS, 6),
+    Kind.THIRD: KindRow(Node.WHOLE, _UNIT // 2, MAX_LENGTH * _UNIT, DECIMALS, 6),
     Kind.ALPHA: KindRow(Node.WHOLE, *_ANGLE, 7),
     Kind.BETA: KindRow(Node.WHOLE, *_ANGLE, 7),
     # Alpha and beta may leave it angles of three digits alone.
     Kind.GAMMA: KindRow(Node.WHOLE, *_ANGLE, 8),
-    Kind.VOLUME: KindRow(Node.WHOLE, 1, _MAX_VOLUME, DECIMALS, 6),
+    # It may turn out to have all six digits.
+    Kind.CELL_VOLUME: KindRow(Node.WHOLE, 1, MAX_VOLUME, DECIMALS, 11),
+    Kind.VOLUME: KindRow(Node.WHOLE, 1, MAX_VOLUME, DECIMALS, 6),
     # At a level that knows the group the number is the group's, of up to three digits.
     Kind.NUMBER: KindRow(Node.WHOLE, 1, 230, 0, 3),
     Kind.UNITS: KindRow(Node.WHOLE, 1, 999, 0, 1),

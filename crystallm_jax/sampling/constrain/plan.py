@@ -14,6 +14,7 @@ from crystallm_jax.errors import CIFError, SamplingError
 from crystallm_jax.sampling.constrain.costs import sites_cost
 from crystallm_jax.sampling.constrain.layout import (
     REPEAT_TOKEN,
+    WITH_GROUP,
     Layout,
     Level,
     after_group,
@@ -88,10 +89,10 @@ def _before_group(level: Level, counts: Counts, *, used: int, limit: int) -> Row
     groups = list(SPACEGROUPS)
     sites = SitePlan({}, 0)
     what = cell_formula(known)
-    if level == "symmetry":
+    if level in WITH_GROUP:
         layout = lay_out([*parts, ("", Kind.WAIT)])
         spent = used + layout.least_tokens(0)
-        groups = groups_within(counts, spent=spent, limit=limit)
+        groups = groups_within(level, counts, spent=spent, limit=limit)
     else:
         layout = lay_out(parts + after_group(level, known, None))
         sites = _fewest_rows() if level == "syntax" else plan_sites(level, counts, None, limit=limit)
@@ -170,4 +171,4 @@ def _fewest_rows() -> SitePlan:
 
 @lru_cache(maxsize=1024)
 def _after_group(level: Level, counts: Counts, symbol: str) -> Layout:
-    return lay_out(after_group(level, dict(counts), symbol if level == "symmetry" else None))
+    return lay_out(after_group(level, dict(counts), symbol if level in WITH_GROUP else None))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystallm_jax.sampling.constrain.nodes import DECIMALS, DIGITS, POINT
+from crystallm_jax.sampling.constrain.nodes import DECIMALS, DIGITS, POINT, Kind
 from crystallm_jax.sampling.constrain.state import SCRIPT_TOKENS, AutomatonState
 
 _TENS = 10 ** np.arange(10, dtype=np.int32)
@@ -36,5 +36,5 @@ def _edge_token(state: AutomatonState, place: jax.Array) -> jax.Array:
     """The token at a place [B] of the first cell length as it is written."""
     whole = state.edge_digits
     behind = whole + DECIMALS - place - (place < whole)
-    digit = state.edge // jnp.asarray(_TENS)[jnp.clip(behind, 0, 9)] % 10
+    digit = state.cell[:, Kind.EDGE] // jnp.asarray(_TENS)[jnp.clip(behind, 0, 9)] % 10
     return jnp.where(place == whole, POINT, jnp.asarray(np.array(DIGITS, np.int32))[digit])

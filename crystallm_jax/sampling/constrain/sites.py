@@ -18,9 +18,17 @@ from crystallm_jax.cif.occupations import (
 from crystallm_jax.cif.vocabulary import SPACEGROUPS
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.sampling.constrain.costs import ROW_COST, sites_cost
-from crystallm_jax.sampling.constrain.layout import Level, after_group, cell_start, lay_out, site_levels
-from crystallm_jax.sampling.constrain.nodes import TOKEN_ID
-from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, MAX_MULTIPLICITIES, TABLE_SIZE
+from crystallm_jax.sampling.constrain.layout import (
+    WITH_GROUP,
+    Level,
+    after_group,
+    cell_start,
+    cell_values,
+    lay_out,
+    site_levels,
+)
+from crystallm_jax.sampling.constrain.nodes import DECIMALS, TOKEN_ID
+from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, MAX_MULTIPLICITIES, MOST_SITES, TABLE_SIZE
 
 _MAX_TABLE_SITES = 254
 _NAMED = 4
@@ -38,14 +46,14 @@ class SitePlan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def plan_sites(level: Level, counts: Counts, symbol: str | None, *, limit: int) -> SitePlan:
-    """The registers of the sites of a composition, at level `symmetry` in a space group.
+    """The registers of the sites of a composition, from level `symmetry` on in a space group.
 
     Raises:
         SamplingError: the space group cannot hold the composition, or its table is too large.
     """
     known = dict(counts)
     levels = site_levels(known)
-    if level == "symmetry" and symbol is not None:
+    if level in WITH_GROUP and symbol is not None:
         levels = _table_levels(counts, symbol)
     ordered = [element for elements in levels for element in elements]
     count = [known[element] for element in ordered]
@@ -53,6 +61,7 @@ def plan_sites(level: Level, counts: Counts, symbol: str | None, *, limit: int) 
         "elements": _padded([TOKEN_ID[element] for element in ordered], MAX_ELEMENTS, -1),
         "levels": _padded([n for n, elements in enumerate(levels) for _ in elements], MAX_ELEMENTS, 0),
         "remaining": _padded(count, MAX_ELEMENTS, 0),
+        "counts": _padded(count, MAX_ELEMENTS, 0),
     }
     if level == "composition" or symbol is None:
         digits = len(str(max(count)))
@@ -61,6 +70,14 @@ def plan_sites(level: Level, counts: Counts, symbol: str | None, *, limit: int) 
     fewest = least_sites(known, symbol)
     if fewest is None:
         raise _refusal(counts, symbol)
+    if level == "positions":
+        if fewest > MOST_SITES:
+            raise SamplingError(
+                f"composition {cell_formula(known)} takes {fewest} sites in {symbol}: level positions looks at "
+                f"{MOST_SITES} at most; use level symmetry"
+            )
+        values = [value and round(value * 10**DECIMALS) for value in cell_values(symbol)]
+        registers["cell"] = np.array([value or 0 for value in values], np.int32)
     digits = _most_digits(counts, symbol)
     table = _table(counts, symbol, most_sites=min(_MAX_TABLE_SITES, limit // ROW_COST + 1))
     registers |= table | {"most_digits": np.array(digits, np.int32)}
@@ -103,7 +120,7 @@ def _table(counts: Counts, symbol: str, *, most_sites: int) -> dict[str, np.ndar
     }
 
 
-def groups_within(counts: Counts, *, spent: int, limit: int) -> list[str]:
+def groups_within(level: Level, counts: Counts, *, spent: int, limit: int) -> list[str]:
     """The space groups that hold a composition and whose files fit what is left of a limit.
 
     Raises:
@@ -114,31 +131,33 @@ def groups_within(counts: Counts, *, spent: int, limit: int) -> list[str]:
     for symbol in compatible_spacegroups(known):
         fewest = least_sites(known, symbol)
         if fewest is not None and _table_size(counts, symbol) <= TABLE_SIZE:
+            if level == "positions" and fewest > MOST_SITES:
+                continue
             rest = sites_cost(fewest, _most_digits(counts, symbol))
-            needed[symbol] = spent + _fixed_tokens(counts, symbol) + rest
+            needed[symbol] = spent + _fixed_tokens(level, counts, symbol) + rest
     fitting = [symbol for symbol, tokens in needed.items() if tokens <= limit]
     if not fitting:
         least = min(needed.values(), default=None)
         raise SamplingError(
-            f"composition {cell_formula(known)} is too large for level symmetry: use level composition"
+            f"composition {cell_formula(known)} is too large for level {level}: use level composition"
             if least is None
-            else f"a limit of {limit} tokens is too small for {cell_formula(known)} at level symmetry: the shortest "
+            else f"a limit of {limit} tokens is too small for {cell_formula(known)} at level {level}: the shortest "
             f"such file takes {least}, prompt included"
         )
     return fitting
 
 
-def _fixed_tokens(counts: Counts, symbol: str) -> int:
+def _fixed_tokens(level: Level, counts: Counts, symbol: str) -> int:
     """The fewest tokens from a space group on, but for the sites."""
     number = SPACEGROUPS[symbol]
-    return _tokens_of_cell(counts, cell_start(number)) + len(str(number))
+    return _tokens_of_cell(level, counts, cell_start(number)) + len(str(number))
 
 
 @lru_cache(maxsize=1024)
-def _tokens_of_cell(counts: Counts, first_number: int) -> int:
+def _tokens_of_cell(level: Level, counts: Counts, first_number: int) -> int:
     """The fewest tokens from a space group on, but for its number and the sites, by the first number of its lattice."""
     symbol = next(symbol for symbol, number in SPACEGROUPS.items() if cell_start(number) == first_number)
-    parts = after_group("symmetry", dict(counts), symbol)
+    parts = after_group(level, dict(counts), symbol)
     return lay_out(parts).least_tokens(0) - len(str(SPACEGROUPS[symbol]))
 
 

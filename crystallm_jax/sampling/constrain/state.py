@@ -1,6 +1,7 @@
 """The registers of a batch under constraint, as the device keeps them and as the planner lays them out."""
 
 from dataclasses import dataclass, fields, replace
+from enum import IntEnum, auto
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -15,6 +16,21 @@ MAX_ELEMENTS = 12
 MAX_MULTIPLICITIES = 8
 TABLE_SIZE = 1 << 14
 REMEMBERED_SITES = 64
+MOST_SITES = REMEMBERED_SITES - 1
+"""That a crystal can have at level `positions`: the last place of the register of sites has another use."""
+
+
+class Placed(IntEnum):
+    """What is kept of a site at level `positions`: a column of the register `placed`."""
+
+    ELEMENT = 0
+    """Its place among `elements`."""
+    MULTIPLICITY = auto()
+    ROOM = auto()
+    """`room` before its row, as all that follow."""
+    INDEX = auto()
+    TAKEN = auto()
+    FIXED = auto()
 
 
 @jax.tree_util.register_dataclass
@@ -32,12 +48,18 @@ class AutomatonState:
         value, digits, decimals: [B]; of the number so far: without its point, digits before it, digits behind it.
         low, high: [B], bounds of the number in units of its last decimal.
         room: [B], tokens that may still follow.
-        edge, edge_digits: [B], the first cell length in units of its last decimal, and its digits before the point.
-        alpha, beta: [B], in units of the last decimal.
+        cell: [B, 6], lengths and angles in units of the last decimal; 0 for one that is not written yet, or is a
+            repeated length.
+        edge_digits: [B], of the first cell length before its point.
         group_number: [B], International Tables number of the space group that was drawn.
         site: [B], index of the site that is being written or comes next.
         sites: [B, REMEMBERED_SITES, 2], coordinates x (times 10,000, plus y) and z of sites written, in units of the
             last decimal, within the cell; -1 for none.
+        placed: [B, REMEMBERED_SITES, len(Placed)], at level `positions` what else is kept of sites written.
+        multiplicity: [B], of the site that is being written.
+        fixed: [B], at level `positions` the positions without free parameters that are taken, as bits.
+        passed: [B], at level `positions` how many parts of the crystal were looked at and may stay: the cell, then the
+            sites.
         element, symbol: [B], the current site's element: its place among `elements`, and its token. In a formula or
             the loop of properties, how many elements it has.
         index, taken: [B], row of the table, and which bounded positions are taken.
@@ -47,9 +69,9 @@ class AutomatonState:
         ends, kinds, reserves: [B, FIELDS]; where in the script each field begins, the Kind of it, and the fewest
             tokens that follow it but for sites.
         script: [B, SCRIPT_TOKENS].
-        elements, levels, remaining, strides: [B, MAX_ELEMENTS]; the elements of the cell as tokens (-1 for none),
-            the places of their levels in the order of sites, their atoms not on a site yet, and how far a row of
-            the table one step of them is.
+        elements, levels, counts, remaining, strides: [B, MAX_ELEMENTS]; the elements of the cell as tokens (-1 for
+            none), the places of their levels in the order of sites, their atoms, those not on a site yet, and how far
+            a row of the table one step of them is.
         multiplicities, steps, most, weights: [B, MAX_MULTIPLICITIES]; the group's (0 for none), in common steps, how
             many sites can have each (0: any number), and what one more counts in `taken`.
         positions: [B], width of the table.
@@ -68,13 +90,15 @@ class AutomatonState:
     low: jax.Array
     high: jax.Array
     room: jax.Array
-    edge: jax.Array
+    cell: jax.Array
     edge_digits: jax.Array
-    alpha: jax.Array
-    beta: jax.Array
     group_number: jax.Array
     site: jax.Array
     sites: jax.Array
+    placed: jax.Array
+    multiplicity: jax.Array
+    fixed: jax.Array
+    passed: jax.Array
     element: jax.Array
     symbol: jax.Array
     index: jax.Array
@@ -89,6 +113,7 @@ class AutomatonState:
     script: jax.Array
     elements: jax.Array
     levels: jax.Array
+    counts: jax.Array
     remaining: jax.Array
     strides: jax.Array
     multiplicities: jax.Array
@@ -130,11 +155,13 @@ class RowPlan(NamedTuple):
 
 
 _SHAPES = {
+    "cell": (6,),
     "sites": (REMEMBERED_SITES, 2),
+    "placed": (REMEMBERED_SITES, len(Placed)),
     "repeats": (2,),
     **dict.fromkeys(("ends", "kinds", "reserves"), (FIELDS,)),
     "script": (SCRIPT_TOKENS,),
-    **dict.fromkeys(("elements", "levels", "remaining", "strides"), (MAX_ELEMENTS,)),
+    **dict.fromkeys(("elements", "levels", "counts", "remaining", "strides"), (MAX_ELEMENTS,)),
     **dict.fromkeys(("multiplicities", "steps", "most", "weights"), (MAX_MULTIPLICITIES,)),
     "table": (TABLE_SIZE,),
     "groups": (WORDS,),
