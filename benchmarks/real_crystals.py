@@ -1,12 +1,12 @@
 """How many real crystals the constraints of sampling accept, token by token and by what is looked at.
 
-    python benchmarks/real_crystals.py data/mp_26k:train data/mp_123k:test [--limit N] [--constrain positions] [--out FILE]
+    python benchmarks/real_crystals.py data/mp_26k:train data/mp_123k:test [--limit N] [--constrain positions]
 
-Each text of a prepared folder's split is written, token by token, by the automaton of the level, from its space group on.
-A text is refused where one of its tokens is not among those allowed; where its cell is flat, too small or too large for
-its atoms; where two atoms are nearer than the least distance of their elements; or where a site lies on a position of
-another multiplicity than it states. Apart from these, texts are counted in which pymatgen reads the images of an atom,
-whose coordinates were rounded, as several: a sample goes back there, too.
+Each text of a prepared folder's split is written, token by token, by the automaton of the level, from its space group
+on. A text is refused where one of its tokens is not among those allowed; where its cell is flat, too small or too large
+for its atoms; where two atoms are nearer than the least distance of their elements; or where a site lies on a position
+of another multiplicity than it states. Apart from these, texts are counted in which pymatgen reads the images of an
+atom, whose coordinates were rounded, as several: a sample goes back there, too.
 """
 
 import argparse

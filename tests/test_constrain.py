@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from pymatgen.core import Lattice
 from pymatgen.core.operations import SymmOp
 

@@ -18,7 +18,7 @@ from crystallm_jax.sampling.constrain.atoms import LEAST_HEIGHT, atom_tables
 from crystallm_jax.sampling.constrain.looks import Verdict, judge_site
 from crystallm_jax.sampling.constrain.nodes import TOKEN_ID, Kind, Node
 from crystallm_jax.sampling.constrain.state import Placed
-from crystallm_jax.sampling.constrain.volumes import cell_fits, length_bounds, volume_bounds
+from crystallm_jax.sampling.constrain.volumes import cell_fits, volume_bounds
 
 UNIT = 10_000
 ROWS = 8

@@ -54,7 +54,7 @@ def _point_of(flat: Flat, rng: np.random.Generator) -> np.ndarray:
 def test_the_forms_that_the_device_looks_up_are_few() -> None:
     table = tables()
     assert table.most <= 200
-    assert sum(array.nbytes for array in (table.forms, table.fixed, table.start, table.count)) < 2_000_000
+    assert sum(array.nbytes for array in (table.forms, table.fixed, table.starts, table.counts)) < 2_000_000
 
 
 def test_an_unknown_group_is_refused() -> None:

@@ -136,7 +136,8 @@ def _orbit(flat: Flat, rotations: np.ndarray, translations: np.ndarray) -> tuple
     """All flats that the operations take a flat to, and how many of them leave each of its points where it is."""
     directions = _free_directions(np.array(flat.rows, int).reshape(-1, 3))
     point = _point(flat)
-    orbit, fixing = {}, 0
+    orbit: dict[Flat, None] = {}
+    fixing = 0
     for rotation, translation in zip(rotations, translations, strict=True):
         turned, moved = directions @ rotation.T, rotation @ point + translation
         rows = _echelon(turned)

@@ -43,7 +43,7 @@ def go_back(history: History, part: int) -> tuple[History, int | None]:
         target = max(part - 2**escapes, CELL)
         escapes += 1
     if target == CELL:
-        escapes = 0
-    if target != part:
-        tries = {earlier: count for earlier, count in tries.items() if earlier <= target and target != CELL}
+        tries, escapes = {}, 0
+    elif target != part:
+        tries = {earlier: count for earlier, count in tries.items() if earlier <= target}
     return History(MappingProxyType(tries), escapes, history.returns + 1), target

@@ -34,8 +34,8 @@ from crystallm_jax.sampling.constrain.nodes import (
 )
 from crystallm_jax.sampling.constrain.places import fixed_position
 from crystallm_jax.sampling.constrain.script import script_end
-from crystallm_jax.sampling.constrain.volumes import length_bounds, volume_bounds
 from crystallm_jax.sampling.constrain.state import AutomatonState, Placed
+from crystallm_jax.sampling.constrain.volumes import length_bounds, volume_bounds
 
 _UNIT = 10**DECIMALS
 # Angles closer than this (in degrees) to those of a flat cell are none.

@@ -116,7 +116,7 @@ def after_group(level: Level, counts: Mapping[str, int], symbol: str | None) -> 
 
 
 def cell_values(symbol: str) -> tuple[float | None, ...]:
-    """Lengths and angles that a space group fixes, in the order of the text: None for those that are written or repeated."""
+    """Lengths and angles that a space group fixes, in the order of the text: None for what is written or repeated."""
     values = _cell(SPACEGROUPS[symbol])
     return tuple(None if isinstance(value, Kind) or value == REPEAT else float(value) for value in values)
 

@@ -1,7 +1,7 @@
 """What is looked at once it is written, at level `positions`: the volume of the cell, and where each site's atoms lie.
 
-The parts of a crystal are its cell and its sites, in the order of the text. A part that cannot stay is found by its text
-and that before it alone, whenever the look comes.
+The parts of a crystal are its cell and its sites, in the order of the text. Whether a part can stay hangs on its text
+and that before it alone, not on when the look comes.
 """
 
 from dataclasses import replace
@@ -38,13 +38,13 @@ class Operations(NamedTuple):
     Attributes:
         rotations: int32 [N, 3, 3].
         translations: int32 [N, 3], in steps of GRID.
-        start, count: int32 [231], by the group's number.
+        starts, counts: int32 [231], by the group's number.
     """
 
     rotations: np.ndarray
     translations: np.ndarray
-    start: np.ndarray
-    count: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
 
 
 class Verdict(NamedTuple):
@@ -73,11 +73,11 @@ class _Near(NamedTuple):
 def operations() -> Operations:
     """The operations of all groups, built once."""
     start, count = np.zeros((2, max(SPACEGROUPS.values()) + 1), np.int32)
-    parts = []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     for symbol, number in SPACEGROUPS.items():
-        start[number] = sum(len(part[0]) for part in parts)
+        start[number] = sum(len(rotations) for rotations, _ in parts)
         parts.append(parse_operations(spacegroup_operations(symbol), GRID))
-        count[number] = len(parts[-1][0])
+        count[number] = len(parts[-1][1])
     rotations, translations = (np.concatenate(arrays).astype(np.int32) for arrays in zip(*parts, strict=True))
     return Operations(rotations, translations, start, count)
 
@@ -120,7 +120,7 @@ def judge_site(state: AutomatonState, site: jax.Array) -> Verdict:
     the other in a list, so that a row with few costs little.
     """
     group = operations()
-    count = jnp.asarray(group.count)[state.group_number]
+    count = jnp.asarray(group.counts)[state.group_number]
     chunks = -(-count // _OPERATIONS)
     work = jnp.where(site >= 0, (site + 1) * chunks, 0)
     ends = jnp.cumsum(work)
@@ -168,9 +168,9 @@ def _compare(
     """Bool [P], whether atoms are too near; int32 [P], images that are the site itself, to both accuracies."""
     group = operations()
     number = state.group_number[pair.row]
-    first = jnp.asarray(group.start)[number] + pair.chunk * _OPERATIONS
+    first = jnp.asarray(group.starts)[number] + pair.chunk * _OPERATIONS
     places = first[:, None] + np.arange(_OPERATIONS)
-    end = jnp.asarray(group.start + group.count)[number]
+    end = jnp.asarray(group.starts + group.counts)[number]
     real = pair.real[:, None] & (places < end[:, None])
     rotations = jnp.take(jnp.asarray(group.rotations), places, axis=0, mode="clip")
     translations = jnp.take(jnp.asarray(group.translations), places, axis=0, mode="clip")

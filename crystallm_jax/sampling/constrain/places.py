@@ -1,7 +1,7 @@
 """Where in the cell the site that is being written can be: its Wyckoff positions as arithmetic on whole numbers.
 
-A flat of a position becomes one or two forms, in which each coordinate is free, a constant, or follows from those before
-it. A form is alive as long as the coordinates written so far lie on it.
+A flat of a position becomes one or two forms, in which each coordinate is free, a constant, or follows from those
+before it. A form is alive as long as the coordinates written so far lie on it.
 """
 
 from functools import cache
@@ -40,20 +40,23 @@ class _Axis(NamedTuple):
     of_y: int = 0
 
 
+_Form = tuple[_Axis, _Axis, _Axis]
+
+
 class Tables(NamedTuple):
     """All forms of all space groups.
 
     Attributes:
         forms: int32 [forms, 3, 4]; of each coordinate its `_Axis`.
         fixed: int32 [forms]; bit of the position in its group where it has no free parameter, else 0.
-        start, count: int32 [231, MAX_MULTIPLICITY + 1]; where the forms of a group's multiplicity are.
+        starts, counts: int32 [231, MAX_MULTIPLICITY + 1]; where the forms of a group's multiplicity are.
         most: F, the most forms of a multiplicity.
     """
 
     forms: np.ndarray
     fixed: np.ndarray
-    start: np.ndarray
-    count: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
     most: int
 
 
@@ -74,7 +77,8 @@ class _Found(NamedTuple):
 @cache
 def tables() -> Tables:
     """All forms, built once."""
-    forms, fixed = [], []
+    forms: list[_Form] = []
+    fixed: list[int] = []
     start, count = np.zeros((2, max(SPACEGROUPS.values()) + 1, MAX_MULTIPLICITY + 1), np.int32)
     for symbol, number in SPACEGROUPS.items():
         positions = wyckoff_positions(symbol)
@@ -89,11 +93,11 @@ def tables() -> Tables:
     return Tables(np.array(forms, np.int32), np.array(fixed, np.int32), start, count, int(count.max()))
 
 
-def _forms(position: Position) -> list[tuple[_Axis, _Axis, _Axis]]:
+def _forms(position: Position) -> list[_Form]:
     return [form for flat in position.flats for form in _forms_of(flat)]
 
 
-def _forms_of(flat: Flat) -> list[tuple[_Axis, _Axis, _Axis]]:
+def _forms_of(flat: Flat) -> list[_Form]:
     axes = [[_Axis(_FREE)] for _ in range(3)]
     for row, constant in zip(flat.rows, flat.constants, strict=True):
         axis = max(i for i in range(3) if row[i])
@@ -156,12 +160,12 @@ def _before(state: AutomatonState) -> jax.Array:
 def _alive(state: AutomatonState, coordinates: jax.Array, *, known: jax.Array) -> _Found:
     """The forms that go with the first `known` [B] of the site's coordinates [B, 3], in units of the last decimal."""
     table = tables()
-    start = jnp.asarray(table.start)[state.group_number, state.multiplicity]
-    count = jnp.asarray(table.count)[state.group_number, state.multiplicity]
+    start = jnp.asarray(table.starts)[state.group_number, state.multiplicity]
+    count = jnp.asarray(table.counts)[state.group_number, state.multiplicity]
     places = start[:, None] + np.arange(table.most)
     forms = jnp.take(jnp.asarray(table.forms), places, axis=0, mode="clip")
     fixed = jnp.take(jnp.asarray(table.fixed), places, axis=0, mode="clip")
-    alive = (np.arange(table.most) < count[:, None]) & ((fixed & state.fixed[:, None]) == 0)
+    alive = (jnp.arange(table.most) < count[:, None]) & ((fixed & state.fixed[:, None]) == 0)
     for axis in range(3):
         here = forms[:, :, axis]
         target, slack = _target(here, coordinates)
