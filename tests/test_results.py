@@ -49,6 +49,7 @@ COLUMNS = [
     "sensible",
     "error",
     "omitted",
+    "returns",
 ]
 REQUEST = GenerationRequest(method=SamplingMethod(0.7, 5), num_samples=2, seed=11, batch_size=3)
 

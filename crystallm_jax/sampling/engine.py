@@ -7,7 +7,6 @@ positions. In between it sees nothing but the rows' lengths and how they stand.
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import jax
@@ -16,12 +15,12 @@ import numpy as np
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.inference import Weights
 from crystallm_jax.model.pages import empty_log, log_pages
-from crystallm_jax.sampling.constrain import AutomatonState, RowPlan, idle_state
+from crystallm_jax.sampling.constrain import AutomatonState, RowPlan, idle_state, stacked
 from crystallm_jax.sampling.decode import Rules, decoder
 from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.pool import Pool
-from crystallm_jax.sampling.reader import Read, read_texts
-from crystallm_jax.sampling.returns import CELL, History, go_back
+from crystallm_jax.sampling.reader import Read, Reader, by_reading
+from crystallm_jax.sampling.returns import CELL, History, go_back_each
 from crystallm_jax.sampling.rows import (
     NewRows,
     begin_rows,
@@ -34,9 +33,6 @@ from crystallm_jax.sampling.rows import (
     take_rows_back,
 )
 from crystallm_jax.sampling.shapes import padded, padded_rows
-
-# Texts whose reading is kept for further samples of them.
-_TEXTS = 16
 
 _log_pages = jax.jit(log_pages)
 
@@ -138,8 +134,7 @@ class Engine:
         # Tokens of each row, and how many of them were read.
         self._length, self._read = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         self._histories = [History()] * rows
-        # Texts that were read, so that the samples of one prompt share its reading.
-        self._texts: dict[bytes, Read] = {}
+        self._reader = Reader(config, self._weights, page=shape.page, dtype=shape.dtype)
 
     @property
     def free(self) -> int:
@@ -160,7 +155,7 @@ class Engine:
             row.prompt if plan is None else np.concatenate([row.prompt, plan.forced])
             for row, plan in zip(rows, plans, strict=True)
         ]
-        reads = self._read_texts(texts)
+        reads = self._reader.read(texts)
         places = [place for place, row in enumerate(self._rows) if row is None][: len(rows)]
         for place, row, plan, text in zip(places, rows, plans, texts, strict=True):
             self._rows[place], self._begun[place] = row, time.perf_counter()
@@ -168,7 +163,7 @@ class Engine:
             self._length[place], self._read[place] = len(text), len(text) - 1
             self._planned[place] = None if plan is None else _Planned(plan.state, len(text))
         self._give_pages(places, reads)
-        for members in _by_reading(reads):
+        for members in by_reading(reads):
             self._begin(
                 [places[i] for i in members], [texts[i] for i in members], [reads[i] for i in members]
             )
@@ -196,7 +191,8 @@ class Engine:
         )
         taken = np.array([row is not None for row in self._rows])
         limit = np.array([0 if row is None else row.limit for row in self._rows])
-        back, unplaced = self._parts_to_draw_anew(np.flatnonzero(taken & (failed >= 0)), failed)
+        wrong = np.flatnonzero(taken & (failed >= 0)).tolist()
+        back, unplaced = go_back_each(self._histories, {place: int(failed[place]) for place in wrong})
         ended = taken & (finished | (length >= limit))
         ended[list(back)] = False
         ended[unplaced] = True
@@ -236,7 +232,7 @@ class Engine:
             self._state,
             self._padded_places(places, size),
             to=padded(to, size, fill=0),
-            planned=_stacked([of and of.state for of in planned], size),
+            planned=stacked([of and of.state for of in planned], size),
             since=padded([of.length if of else 0 for of in planned], size, fill=0),
         )
 
@@ -272,17 +268,6 @@ class Engine:
             return np.full(len(self._rows), -1), np.zeros((len(self._rows), 0), np.int32)
         self._state, failed, begins = look_at_crystals(self._state)
         return failed, begins
-
-    def _parts_to_draw_anew(self, places: np.ndarray, failed: np.ndarray) -> tuple[dict[int, int], list[int]]:
-        """The part that each row goes back to, and the rows that are given up."""
-        back, unplaced = {}, []
-        for place in places.tolist():
-            self._histories[place], part = go_back(self._histories[place], int(failed[place]))
-            if part is None:
-                unplaced.append(place)
-            else:
-                back[place] = part
-        return back, unplaced
 
     def _draw_anew(self, back: Mapping[int, int], begins: np.ndarray) -> None:
         """Let rows go back to the beginning of a part of their crystals."""
@@ -321,21 +306,10 @@ class Engine:
     def _padded_places(self, places: Sequence[int], size: int) -> np.ndarray:
         return padded(places, size, fill=len(self._rows))
 
-    def _read_texts(self, texts: Sequence[np.ndarray]) -> list[Read]:
-        """Each text's reading, made once for all that are equal."""
-        shape = self._shape
-        names = [text.tobytes() for text in texts]
-        found = {name: self._texts[name] for name in names if name in self._texts}
-        new = {name: text for name, text in zip(names, texts, strict=True) if name not in found}
-        made = read_texts(shape.config, self._weights, list(new.values()), page=shape.page, dtype=shape.dtype)
-        found |= dict(zip(new, chain.from_iterable(made), strict=True))
-        self._texts = dict([*self._texts.items(), *found.items()][-_TEXTS:])
-        return [found[name] for name in names]
-
     def _give_pages(self, places: Sequence[int], reads: Sequence[Read]) -> None:
         """Give rows the pages that were read for them."""
         targets = [self._pool.assign(place, read.fills) for place, read in zip(places, reads, strict=True)]
-        for members in _by_reading(reads):
+        for members in by_reading(reads):
             self._pool.put(
                 reads[members[0]].reading.pages,
                 [page for i in members for page in reads[i].pages],
@@ -360,7 +334,7 @@ class Engine:
                 padded([row.limit for row in rows], size, fill=0),
                 padded([row.returns for row in rows], size, fill=0),
                 padded(np.stack([row.key for row in rows]), size, fill=0),
-                _stacked([of and of.state for of in planned], size),
+                stacked([of and of.state for of in planned], size),
             ),
             log_probs=reads[0].reading.log_probs,
             source=padded([read.number for read in reads], size, fill=0),
@@ -406,7 +380,7 @@ class Engine:
                 self._planned[place] = _Planned(plan.start, len(text), len(plan.forced))
                 states.append(plan.start)
         self._state = replan_rows(
-            self._state, self._padded_places(places.tolist(), size), _stacked(states, size)
+            self._state, self._padded_places(places.tolist(), size), stacked(states, size)
         )
 
     def _planned_before(self, place: int, length: int) -> _Planned | None:
@@ -418,19 +392,3 @@ class Engine:
             if plan is not None:
                 return _Planned(plan.start, len(row.prompt))
         return planned
-
-
-def _stacked(states: Sequence[AutomatonState | None], size: int) -> AutomatonState | None:
-    """The rows' states as one, padded with the last."""
-    if states[0] is None:
-        return None
-    filled = [*states, *[states[-1]] * (size - len(states))]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
-
-
-def _by_reading(reads: Sequence[Read]) -> list[list[int]]:
-    """Numbers of the texts that were read together."""
-    groups: dict[int, list[int]] = {}
-    for number, read in enumerate(reads):
-        groups.setdefault(id(read.reading), []).append(number)
-    return list(groups.values())

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from crystallm_jax.sampling.shapes import padded_count
 # that is longer stands alone.
 _SMALLEST, _MOST = 32, 256
 _TEXTS = 32
+# Texts whose reading is kept for further samples of them.
+_KEPT = 16
 
 
 class Columns(NamedTuple):
@@ -68,6 +71,39 @@ class Read:
     number: int
     pages: list[int]
     fills: list[int]
+
+
+class Reader:
+    """Reads texts and keeps the newest readings, so that the samples of one prompt share one.
+
+    Args:
+        config: the model's shape.
+        weights: as prepared.
+        page: S, positions of a page.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, *, page: int, dtype: str) -> None:
+        self._config, self._weights, self._page, self._dtype = config, weights, page, dtype
+        self._known: dict[bytes, Read] = {}
+
+    def read(self, texts: Sequence[np.ndarray]) -> list[Read]:
+        """Each text's reading, made once for all that are equal; texts are as `read_texts` takes them."""
+        names = [text.tobytes() for text in texts]
+        found = {name: self._known[name] for name in names if name in self._known}
+        new = {name: text for name, text in zip(names, texts, strict=True) if name not in found}
+        made = read_texts(self._config, self._weights, list(new.values()), page=self._page, dtype=self._dtype)
+        found |= dict(zip(new, chain.from_iterable(made), strict=True))
+        self._known = dict([*self._known.items(), *found.items()][-_KEPT:])
+        return [found[name] for name in names]
+
+
+def by_reading(reads: Sequence[Read]) -> list[list[int]]:
+    """Numbers of the texts that were read together."""
+    groups: dict[int, list[int]] = {}
+    for number, read in enumerate(reads):
+        groups.setdefault(id(read.reading), []).append(number)
+    return list(groups.values())
 
 
 def read_texts(

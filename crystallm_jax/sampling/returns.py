@@ -47,3 +47,19 @@ def go_back(history: History, part: int) -> tuple[History, int | None]:
     elif target != part:
         tries = {earlier: count for earlier, count in tries.items() if earlier <= target}
     return History(MappingProxyType(tries), escapes, history.returns + 1), target
+
+
+def go_back_each(histories: list[History], failed: Mapping[int, int]) -> tuple[dict[int, int], list[int]]:
+    """Where each row of a batch goes back to whose part failed, by its place; their histories are replaced.
+
+    Returns:
+        The parts by place; the places of rows that are given up.
+    """
+    back, unplaced = {}, []
+    for place, part in failed.items():
+        histories[place], target = go_back(histories[place], part)
+        if target is None:
+            unplaced.append(place)
+        else:
+            back[place] = target
+    return back, unplaced

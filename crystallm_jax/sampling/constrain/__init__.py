@@ -6,7 +6,7 @@ from crystallm_jax.sampling.constrain.back import before_site
 from crystallm_jax.sampling.constrain.choices import allowed
 from crystallm_jax.sampling.constrain.layout import Level
 from crystallm_jax.sampling.constrain.looks import look
-from crystallm_jax.sampling.constrain.state import AutomatonState, Placed, RowPlan
+from crystallm_jax.sampling.constrain.state import AutomatonState, Placed, RowPlan, stacked
 
 __all__ = [
     "Automaton",
@@ -19,4 +19,5 @@ __all__ = [
     "before_site",
     "idle_state",
     "look",
+    "stacked",
 ]

@@ -111,6 +111,12 @@ def _row(layout: Layout, sites: SitePlan, *, used: int, limit: int, what: str, l
     for name, register in sites.registers.items():
         row[name][...] = register
     forced = np.array(layout.pieces[0], np.int32)
+    first = KINDS[layout.kinds[0]]
+    after = {"node": int(first.node), "place": len(forced), "low": first.low, "high": first.high}
+    if level == "positions" and layout.kinds[0] == Kind.EDGE:
+        # The bounds of the first length are found where the others' are: one token before it is left to be drawn.
+        forced = forced[:-1]
+        after = {"node": int(Node.SCRIPT), "place": len(forced)}
     needed = used + layout.least_tokens(0) + sites.least_tokens
     if needed > limit:
         raise SamplingError(
@@ -126,14 +132,7 @@ def _row(layout: Layout, sites: SitePlan, *, used: int, limit: int, what: str, l
     row["kinds"][: len(layout.kinds)] = layout.kinds
     for field in range(len(layout.kinds)):
         row["reserves"][field] = layout.least_tokens(field + 1) + sites.least_tokens
-    first = KINDS[layout.kinds[0]]
-    after = {
-        "node": int(first.node),
-        "place": len(forced),
-        "low": first.low,
-        "high": first.high,
-        "room": limit - used - len(forced),
-    }
+    after["room"] = limit - used - len(forced)
     start = {"node": int(Node.SCRIPT), "room": limit - used} if len(forced) else after
     return RowPlan(forced, _with(row, start), _with(row, after))
 

@@ -1,5 +1,6 @@
 """The registers of a batch under constraint, as the device keeps them and as the planner lays them out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum, auto
 from typing import Any, NamedTuple, Self
@@ -182,3 +183,11 @@ def empty_row() -> dict[str, Any]:
     row["positions"][...] = 1
     row["weights"][...] = 1
     return row
+
+
+def stacked(states: Sequence[AutomatonState | None], size: int) -> AutomatonState | None:
+    """The states of rows as one of so many rows, padded with the last; None where they have none."""
+    if states[0] is None:
+        return None
+    filled = [*states, *[states[-1]] * (size - len(states))]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
