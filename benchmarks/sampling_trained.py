@@ -1,6 +1,6 @@
 """What constraints cost and gain with a trained model, and how many valid structures come a second.
 
-    python benchmarks/sampling_trained.py [--model default] [--constrain none,syntax,composition,symmetry] [--valid]
+    python benchmarks/sampling_trained.py [--model default] [--constrain none,symmetry,positions] [--valid]
     python benchmarks/sampling_trained.py --prompts FILE --num-samples 4 --rounds 5
 
 The same prompts and seeds are sampled without and with each constraint, in turns; a first run of each, which compiles,
@@ -34,7 +34,7 @@ from crystallm_jax.sampling.devices import use_all_cores
 from crystallm_jax.sampling.prompt_files import read_prompts
 from crystallm_jax.sampling.requests import GenerationRequest
 
-LEVELS = ("none", "syntax", "composition", "symmetry")
+LEVELS = ("none", "syntax", "composition", "symmetry", "positions")
 # One of each of the common families: halides, oxides, intermetallics, semiconductors, a few with four elements.
 COMPOSITIONS = (
     "Na4Cl4",

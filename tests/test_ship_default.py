@@ -154,12 +154,14 @@ def test_every_composition_counts(home: Path, shipped: Path) -> None:
     for row in measured["validity"]:
         assert row["samples"] == COUNT == row["valid"] + sum(row["reasons"].values())
         # Their shortest texts do not fit the context; unconstrained samples just end with it.
-        assert (row["reasons"] == {"too_long": COUNT}) == (row["constrain"] == "symmetry")
+        assert (row["reasons"] == {"too_long": COUNT}) == (row["constrain"] is not None)
     assert [(row["constrain"], row["temperature"]) for row in measured["validity"]] == [
         (None, 1.0),
         (None, 0.5),
         ("symmetry", 1.0),
         ("symmetry", 0.5),
+        ("positions", 1.0),
+        ("positions", 0.5),
     ]
 
 

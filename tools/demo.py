@@ -62,7 +62,7 @@ def main() -> int:
         "--seed",
         1,
         "--constrain",
-        "symmetry",
+        "positions",
     )
     run("sample", "--prompts", prompts, *settings, "--out", samples)
     drawn = draw_crystals(samples, out / "crystals.png")

@@ -30,7 +30,7 @@ from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.stop import StopRequest
 
 TEMPERATURES = (1.0, 0.5)
-CONSTRAINTS: tuple[Level | None, ...] = (None, "symmetry")
+CONSTRAINTS: tuple[Level | None, ...] = (None, "symmetry", "positions")
 TOP_K = 10
 TOO_LONG = "too_long"
 """Why a composition has no sample: even its shortest text does not fit the context."""
@@ -192,7 +192,7 @@ def table(measured: Measured) -> str:
         for name, found in measured.losses.items()
     ]
     lines += [
-        f"  temperature {row.temperature}, constrain {row.constrain or 'none':<8} {row.valid:4d} of {row.samples}"
+        f"  temperature {row.temperature}, constrain {row.constrain or 'none':<9} {row.valid:4d} of {row.samples}"
         f" valid ({row.share:6.1%}); {reasons_of(row)}"
         for row in measured.validity
     ]

@@ -7,8 +7,8 @@
 It branches a decay of the learning rate off the newest checkpoint of `runs/default` (which goes on meanwhile), takes
 the better of the decay's last weights and their moving average, measures them, writes their card, and puts them in
 the place of the model in the package, if they are better than it. Measured are the validation loss of whole files, and
-the validity of one sample for each of 200 test compositions of `mp_26k`, at temperature 1.0 and 0.5, unconstrained and
-held to symmetry. SIGTERM ends it with exit code 75, Ctrl-C with 130; the same command goes on.
+the validity of one sample for each of 200 test compositions of `mp_26k`, at temperature 1.0 and 0.5, unconstrained,
+held to symmetry, and to positions. SIGTERM ends it with exit code 75, Ctrl-C with 130; the same command goes on.
 """
 
 import argparse
