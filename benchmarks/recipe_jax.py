@@ -16,17 +16,18 @@ from typing import Any
 
 import jax
 
-from crystallm_jax.convert.arrange import flattened, params_from_named
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.feed import open_feed
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.model import count_params
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.parameters import flattened, params_from_named
+from crystallm_jax.models.runs import run_model_config
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER
+from crystallm_jax.train_run.status import read_lines
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.evaluate import loss_of_files
-from crystallm_jax.training.load import run_model_config
 from crystallm_jax.training.loop import run
-from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, read_lines
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 
@@ -60,7 +61,7 @@ def trained(job: dict[str, Any]) -> dict[str, Any]:
 
     def loss(tree: str) -> float:
         params = params_from_named(flattened(saved.arrays[tree]), model_config, place=tree)
-        return loss_of_files(Weights(model_config, params), val_store, first=FILES).loss
+        return loss_of_files(Model(model_config, params), val_store, first=FILES).loss
 
     lines = read_lines(out_dir)
     return {

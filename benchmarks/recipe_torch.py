@@ -21,12 +21,12 @@ import transformers
 from recipe_jax import FILES, train_config
 from torch.nn import functional
 
-from crystallm_jax.convert.huggingface import write_huggingface
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.feed import open_feed
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.model import init_params
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.models.huggingface import write_huggingface
+from crystallm_jax.models.model import Model
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.optimizer import learning_rate_schedule
 
 
@@ -35,7 +35,7 @@ def begun_as_ours(config: TrainConfig, folder: Path) -> torch.nn.Module:
     model_config = config.model_config(371)
     params = jax.device_get(init_params(model_config, jax.random.key(config.seed)))
     if not folder.exists():
-        write_huggingface(folder, Weights(model_config, params), card="")
+        write_huggingface(folder, Model(model_config, params), card="")
     model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not name.endswith(".bias")

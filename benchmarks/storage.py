@@ -29,10 +29,10 @@ from train_step import listed, write
 
 from crystallm_jax.api import CrystalModel, load_model
 from crystallm_jax.cif import CIFTokenizer, make_prompt, preprocess_cif, stream_text
-from crystallm_jax.convert.npz import Storage
 from crystallm_jax.data.corpus import EMBEDDED, read_corpus
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import CrystallmError
+from crystallm_jax.models.npz import Storage
 from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.devices import use_all_cores

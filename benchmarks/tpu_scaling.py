@@ -29,7 +29,7 @@ from crystallm_jax.ahead.roofline import ASSUMPTIONS
 from crystallm_jax.ahead.topology import open_slice
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 
 _COMPILED = 2  # micro-batches; one would be no loop
 _SETTINGS = ("dropout=0", "layers=scanned", "remat=dots", "dtype=bfloat16")

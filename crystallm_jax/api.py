@@ -15,6 +15,7 @@ from crystallm_jax.config import find_config, load_config
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.config import DType
+from crystallm_jax.models.kinds import read_model
 from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt, encode_text
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.constrain import Level
@@ -22,8 +23,7 @@ from crystallm_jax.sampling.generate import generate
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.requests import Completion, GenerationRequest, Orders
 from crystallm_jax.sampling.score import score_texts
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import load_weights
+from crystallm_jax.train_run.config import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def load_model(path_or_name: str | Path = "default", *, dtype: DType = "float32"
     Raises:
         ModelError: nothing of the kind is there, or it is damaged.
     """
-    weights = load_weights(path_or_name)
+    weights = read_model(path_or_name)
     # Dropout is for training; the published code's leaks into sampling, ours does not.
     config = replace(weights.config, dtype=dtype, dropout=0.0, attention_dropout=None, attention="auto")
     return CrystalModel(config, jax.device_put(weights.params), str(path_or_name))

@@ -18,7 +18,7 @@ from crystallm_jax.model.layout import unstacked
 from crystallm_jax.processes import usable_cores
 from crystallm_jax.sampling.generate import default_batch_size, generate
 from crystallm_jax.sampling.requests import GenerationRequest
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 
 _HELD_OUT = "val"
 _TIME_LIMIT = 30.0  # seconds a text

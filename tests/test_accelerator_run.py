@@ -22,10 +22,6 @@ import pytest
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
-from crystallm_jax.convert import Weights
-from crystallm_jax.convert.arrange import flattened
-from crystallm_jax.convert.folder import read_folder
-from crystallm_jax.convert.published import write_published
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.rows import open_rows
@@ -33,8 +29,12 @@ from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model import ModelConfig, count_params, init_params
 from crystallm_jax.model.layout import stacked
+from crystallm_jax.models import Model
+from crystallm_jax.models.folder import read_folder
+from crystallm_jax.models.parameters import flattened
+from crystallm_jax.models.published import write_published
 from crystallm_jax.portable import NumpyModel
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.optimizer import learning_rate_schedule
 from crystallm_jax.training.step import create_state
 
@@ -112,7 +112,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = NumpyModel(config, params)
     for name in "abc":
         (folder / "model" / name).mkdir(parents=True)
-        write_published(folder / "model" / name / "ckpt.pt", Weights(config, params))
+        write_published(folder / "model" / name / "ckpt.pt", Model(config, params))
         np.savez(folder / "model" / name / "logits.npz", input_ids=tokens, logits=model.logits(tokens))
     greedy = [3, 1, 4]
     while len(greedy) < 20:
@@ -397,7 +397,7 @@ def test_a_damaged_shipment_is_told(
 
 @pytest.fixture
 def box(tmp_path: Path) -> Any:
-    """Weights in several parts, with a report that tells of them."""
+    """Model in several parts, with a report that tells of them."""
     config = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8)
     outbox = _tool("parts").Outbox(tmp_path / "back", part_bytes=2000)
     # As a run with scanned layers has them.

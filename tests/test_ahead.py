@@ -27,7 +27,7 @@ from crystallm_jax.ahead.roofline import HOP_SECONDS, collective_seconds, predic
 from crystallm_jax.ahead.search import candidate_meshes
 from crystallm_jax.ahead.topology import Slice, closed_sides, open_slice
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.devices import DEVICES, find_device
 
 V5E = next(device for device in DEVICES if device.name == "TPU v5e")

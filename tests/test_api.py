@@ -14,12 +14,12 @@ import pytest
 
 import crystallm_jax as cl
 from crystallm_jax.config import to_yaml
-from crystallm_jax.convert.folder import write_folder
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.model import ModelConfig
+from crystallm_jax.models.folder import write_folder
+from crystallm_jax.models.model import Model
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 
@@ -37,7 +37,7 @@ def model() -> cl.CrystalModel:
 def folder(model: cl.CrystalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as a folder."""
     path = tmp_path_factory.mktemp("models") / "folder"
-    write_folder(path, Weights(model.config, model.params))
+    write_folder(path, Model(model.config, model.params))
     return path
 
 
@@ -167,7 +167,7 @@ def test_a_loaded_model_is_the_one_that_was_saved(
 
 
 def test_half_precision_files_load_as_float32(model: cl.CrystalModel, tmp_path: Path) -> None:
-    write_folder(tmp_path, Weights(model.config, model.params), dtype="float16")
+    write_folder(tmp_path, Model(model.config, model.params), dtype="float16")
     loaded = cl.load_model(tmp_path)
     for ours, theirs in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(model.params), strict=True):
         assert ours.dtype == np.float32

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from crystallm_jax.errors import ModelError
+from crystallm_jax.train_run.checksums import CHECKSUMS_FILE, find_damage
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.integrity import CHECKSUMS_FILE, find_damage
 from crystallm_jax.training.step import TrainState
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

@@ -24,11 +24,11 @@ import crystallm_jax
 from crystallm_jax.cif import CIFError
 from crystallm_jax.cli import main
 from crystallm_jax.cli import sample as sample_verb
-from crystallm_jax.convert.folder import write_folder
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.prepare import prepare
 from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.model import ModelConfig, init_params
+from crystallm_jax.models.folder import write_folder
+from crystallm_jax.models.model import Model
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("prepare", "train", "sample")
@@ -71,7 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model as a folder."""
     path = tmp_path_factory.mktemp("cli") / "model"
     params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
-    write_folder(path, Weights(CONFIG, params))
+    write_folder(path, Model(CONFIG, params))
     return path
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from crystallm_jax.errors import ConfigError
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.cluster import Machine, Plan, find_machine, make_plan
-from crystallm_jax.training.config import TrainConfig
 
 # SLURM's variables in a task: here the second of four, two on each of two nodes.
 SLURM = {

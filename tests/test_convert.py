@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crystallm_jax.convert import read_published
-from crystallm_jax.convert.names import optimizer_order
-from crystallm_jax.convert.published import read_published_training
-from crystallm_jax.convert.torch_file import read_torch_file
 from crystallm_jax.errors import CrystallmError, ModelError
 from crystallm_jax.model import ModelConfig, init_params
-from crystallm_jax.training.load import load_weights
+from crystallm_jax.models import read_published
+from crystallm_jax.models.kinds import read_model
+from crystallm_jax.models.published import read_published_training
+from crystallm_jax.models.published_names import optimizer_order
+from crystallm_jax.models.torch_file import read_torch_file
 
 STORAGES = {
     "f8": "Double",
@@ -252,7 +252,7 @@ def test_a_pickle_that_calls_anything_else_is_refused_and_not_run(
     trap = tmp_path / "ran"
     path = _save(tmp_path / "hostile.pt", {"model": call(f"touch {trap}")})
     _refused(lambda: read_torch_file(path), str(path), "refused")
-    _refused(lambda: load_weights(path), "refused")
+    _refused(lambda: read_model(path), "refused")
     assert not trap.exists()
 
 
@@ -313,7 +313,7 @@ def test_a_packed_checkpoint_is_read(tmp_path: Path) -> None:
     saved = _checkpoint(PLAIN, _published_tensors(PLAIN))
     path = _save(tmp_path / "x.pt", saved, compression=zipfile.ZIP_DEFLATED)
     assert read_published(path).config == PLAIN
-    assert load_weights(path).config == PLAIN
+    assert read_model(path).config == PLAIN
 
 
 def test_a_damaged_checkpoint_is_refused_or_read_whole_but_never_fails_otherwise(tmp_path: Path) -> None:
@@ -340,16 +340,16 @@ def test_a_truncated_checkpoint_is_refused(kept: float, tmp_path: Path) -> None:
     path = _save(tmp_path / "x.pt", _checkpoint(PLAIN, _published_tensors(PLAIN)))
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    _refused(lambda: load_weights(path), str(path), "not a PyTorch checkpoint")
+    _refused(lambda: read_model(path), str(path), "not a PyTorch checkpoint")
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("a model, honestly")
-    _refused(lambda: load_weights(text), str(text), "not a PyTorch checkpoint")
+    _refused(lambda: read_model(text), str(text), "not a PyTorch checkpoint")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme", "hello")
-    _refused(lambda: load_weights(tmp_path / "other.zip"), "no single data.pkl")
+    _refused(lambda: read_model(tmp_path / "other.zip"), "no single data.pkl")
     _refused(lambda: read_torch_file(tmp_path), "is a folder")
     _refused(lambda: read_torch_file(tmp_path / "none.pt"), "no such checkpoint")
     big_endian = _save(tmp_path / "big.pt", {"x": np.arange(3, dtype=np.float32)}, byteorder="big")

@@ -17,9 +17,10 @@ import pytest
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.cli import main
 from crystallm_jax.config import to_yaml
-from crystallm_jax.convert.arrange import flattened
-from crystallm_jax.convert.card import CARD_FILE, read_card
-from crystallm_jax.convert.folder import (
+from crystallm_jax.errors import ModelError
+from crystallm_jax.model import ModelConfig, init_params
+from crystallm_jax.models.card import CARD_FILE, read_card
+from crystallm_jax.models.folder import (
     CONFIG_FILE,
     MOMENTS_FILE,
     TRAINING_FILE,
@@ -28,29 +29,28 @@ from crystallm_jax.convert.folder import (
     read_folder_training,
     write_folder,
 )
-from crystallm_jax.convert.published import read_published_training
-from crystallm_jax.convert.tensors import read_tensors, write_tensors
-from crystallm_jax.convert.weights import Moments, Training, Weights
-from crystallm_jax.errors import ModelError
-from crystallm_jax.exchange.provenance import card_of, training_command
-from crystallm_jax.model import ModelConfig, init_params
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import load_weights
-from crystallm_jax.training.metrics import METRICS_FILE
+from crystallm_jax.models.kinds import card_of, read_model
+from crystallm_jax.models.model import Model, Moments, Training
+from crystallm_jax.models.parameters import flattened
+from crystallm_jax.models.provenance import training_command
+from crystallm_jax.models.published import read_published_training
+from crystallm_jax.models.tensors import read_tensors, write_tensors
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.metrics import METRICS_FILE
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=371, bias=True)
 
 
 @pytest.fixture(scope="module")
-def weights() -> Weights:
+def weights() -> Model:
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0)))
     first, second = (jax.tree.map(lambda leaf, k=k: leaf**2 + k, params) for k in (1, 2))
     training = Training(7, 0.5, {"learning_rate": 1e-3}, Moments(7, first, second))
-    return Weights(TINY, params, training)
+    return Model(TINY, params, training)
 
 
 @pytest.fixture(scope="module")
-def model(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(weights: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "mine"
     write_folder(path, weights)
     return path
@@ -71,7 +71,7 @@ def _error(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 1
 
 
 def test_a_model_goes_round_through_every_format(
-    model: Path, weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, weights: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = [
         [model, tmp_path / "ckpt.pt"],
@@ -83,7 +83,7 @@ def test_a_model_goes_round_through_every_format(
     for step in steps:
         assert main(["convert", *map(str, step)]) == 0
         assert str(step[1]) in capsys.readouterr().out
-        read = load_weights(step[1])
+        read = read_model(step[1])
         assert read.config == TINY
         _same(read.params, weights.params)
         assert main(["info", str(step[1]), "--json"]) == 0
@@ -94,7 +94,7 @@ def test_a_model_goes_round_through_every_format(
         )
 
 
-def test_moments_go_along_where_the_format_holds_them(model: Path, weights: Weights, tmp_path: Path) -> None:
+def test_moments_go_along_where_the_format_holds_them(model: Path, weights: Model, tmp_path: Path) -> None:
     assert main(["convert", str(model), str(tmp_path / "ckpt.pt")]) == 0
     assert main(["convert", str(tmp_path / "ckpt.pt"), str(tmp_path / "again")]) == 0
     assert main(["convert", str(tmp_path / "again"), str(tmp_path / "bare"), "--weights-only"]) == 0
@@ -189,7 +189,7 @@ def test_a_shape_that_cannot_be_is_told_at_once(
     config = tmp_path / "mine" / CONFIG_FILE
     config.write_text(config.read_text().replace("n_layer: 1\n", f"n_layer: {layers}\n"))
     with pytest.raises(ModelError, match=re.escape(message)):
-        load_weights(tmp_path / "mine")
+        read_model(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_parameters_are_floating_point_numbers_of_as_many_layers(
     file = tmp_path / "mine" / WEIGHTS_FILE
     write_tensors(file, change(read_tensors(file)))
     with pytest.raises(ModelError, match=message):
-        load_weights(tmp_path / "mine")
+        read_model(tmp_path / "mine")
 
 
 def test_a_card_with_other_line_ends_keeps_its_hashes(model: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_card_that_is_damaged_or_hostile_is_one_line_or_harmless(
     card = tmp_path / "mine" / CARD_FILE
     card.write_text("---\nparameters: .inf\n---\n")
     with pytest.raises(ModelError, match="the head of the card is damaged"):
-        load_weights(tmp_path / "mine")
+        read_model(tmp_path / "mine")
     card.write_text('---\nlicense: "\\e[31mred"\n---\n\x1b[2Jgone')
     assert main(["info", str(tmp_path / "mine")]) == 0
     assert "\x1b" not in capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_what_a_format_has_no_place_for_is_refused_before_anything_is_read(
 
 
 def test_parameters_stand_for_the_folder_that_they_lie_in(
-    model: Path, weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, weights: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", str(model / WEIGHTS_FILE), str(tmp_path / "ckpt.pt")]) == 0
     _same(
@@ -298,7 +298,7 @@ def test_moments_of_no_kind_and_foreign_vocabularies_are_refused(model: Path, tm
     config.write_text(config.read_text().replace("vocab_size: 371", "vocab_size: 372"))
     (tmp_path / "mine" / VOCABULARY_FILE).write_text(json.dumps([*TOKENS, "new"]))
     with pytest.raises(ModelError, match="it has 372 tokens, this package has 371"):
-        load_weights(tmp_path / "mine")
+        read_model(tmp_path / "mine")
 
 
 def test_a_checkpoint_of_a_run_is_described_with_its_run(

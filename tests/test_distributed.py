@@ -21,7 +21,7 @@ from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, DataError
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.distributed import LateMaximum, Share, batch_share, join
 from crystallm_jax.training.loop import run
 from crystallm_jax.training.stop import EXIT_AGAIN, StopRequest, TrainingStoppedError
@@ -85,7 +85,7 @@ import dataclasses, sys
 import jax
 from crystallm_jax.config import load_config
 from crystallm_jax.training import loop
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 
 config = load_config(TrainConfig, None, sys.argv[1:])

@@ -13,9 +13,9 @@ from crystallm_jax.config import load_config
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.models.kinds import read_model
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.early import Patience
-from crystallm_jax.training.load import load_weights
 from crystallm_jax.training.loop import run
 
 # With a rate of 0 nothing is learnt: the first evaluation stays the best.
@@ -114,5 +114,5 @@ def test_a_run_ends_when_nothing_gets_better_and_stays_ended(
     # The best is kept beside the newest, and both can be loaded.
     folders = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()}
     assert "4" in folders
-    assert load_weights(tmp_path / "run" / "checkpoints" / "4").config.n_embd == IDLE.n_embd
+    assert read_model(tmp_path / "run" / "checkpoints" / "4").config.n_embd == IDLE.n_embd
     assert run(again).step == 4

@@ -16,8 +16,6 @@ import pytest
 
 from crystallm_jax.cif.vocabulary import SPACEGROUPS, TOKENS
 from crystallm_jax.cli import main
-from crystallm_jax.convert.folder import write_folder
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.embeddings import (
     EmbeddingTable,
     find_token,
@@ -40,6 +38,8 @@ from crystallm_jax.embeddings.plot import plot_table, typeset
 from crystallm_jax.embeddings.vectors import DRAWN_KINDS, file_name, name_of_file
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import ModelConfig, init_params
+from crystallm_jax.models.folder import write_folder
+from crystallm_jax.models.model import Model
 
 PUBLISHED = {"atom": "atom_vectors", "digit": "number_vectors", "spacegroup": "spacegroup_vectors"}
 # Numbers of float32 as the published files write them.
@@ -51,10 +51,10 @@ Li,0.0,0.3333333432674408
 SHAPE = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=len(TOKENS))
 
 
-def _weights(config: ModelConfig = SHAPE) -> Weights:
+def _weights(config: ModelConfig = SHAPE) -> Model:
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    return Weights(config, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes))
+    return Model(config, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes))
 
 
 def _table(kind: Any, width: int = 6) -> EmbeddingTable:

@@ -10,9 +10,9 @@ import pytest
 import crystallm_jax as cl
 from crystallm_jax.cif import make_prompt
 from crystallm_jax.cif.formula import parse_formula
-from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import GPT, ModelConfig
+from crystallm_jax.models.published_names import parameter_table
 from crystallm_jax.sampling import reader
 from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.engine import Engine

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import crystallm_jax as cl
-from crystallm_jax.convert import huggingface, npz
-from crystallm_jax.convert.card import FOLDER_FORMAT, read_card
-from crystallm_jax.convert.folder import read_folder_training
-from crystallm_jax.convert.published import read_published_training
-from crystallm_jax.training.moments import training_of_run
+from crystallm_jax.models import huggingface, npz
+from crystallm_jax.models.card import FOLDER_FORMAT, read_card
+from crystallm_jax.models.folder import read_folder_training
+from crystallm_jax.models.published import read_published_training
+from crystallm_jax.models.runs import read_run_training
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 FORMATS = ("folder_1", "folder_2", "hub_1", "numpy_1.npz", "published.pt", "run_1", "run_2")
@@ -51,7 +51,7 @@ def test_a_model_of_this_format_gives_the_logits_that_it_gave(name: str, runs: P
 
 
 def test_moments_of_every_format_are_those_of_the_run(runs: Path) -> None:
-    first = training_of_run(runs / "run_1").training
+    first = read_run_training(runs / "run_1").training
     assert (first.step, first.moments.updates) == (3, 3)
     for read in (read_folder_training(MODELS / "folder_2"), read_published_training(MODELS / "published.pt")):
         assert (read.training.step, read.training.moments.updates) == (3, 3)
@@ -60,7 +60,7 @@ def test_moments_of_every_format_are_those_of_the_run(runs: Path) -> None:
             first.moments.second["h_1"]["attn"]["c_attn"]["kernel"],
         )
     # It went on from the first's third step.
-    assert training_of_run(runs / "run_2").training.moments.updates == 4
+    assert read_run_training(runs / "run_2").training.moments.updates == 4
 
 
 def test_the_card_of_a_folder_of_today_says_what_it_said() -> None:

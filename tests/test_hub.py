@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from crystallm_jax.convert import hub
 from crystallm_jax.errors import ModelError
+from crystallm_jax.models import hub
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 errors = pytest.importorskip("huggingface_hub.errors")
@@ -133,7 +133,7 @@ def _run(program: str, home: Path, **environment: str) -> list[str]:
 HEAD = """
 import sys
 from pathlib import Path
-from crystallm_jax.convert.hub import fetch_hub, push_hub
+from crystallm_jax.models.hub import fetch_hub, push_hub
 from crystallm_jax.errors import ModelError
 def told(work, *args, **settings):
     try:

@@ -19,16 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 from crystallm_jax.cif import SPACEGROUPS, CIFTokenizer
 from crystallm_jax.cif.vocabulary import TOKENS
-from crystallm_jax.convert.arrange import flattened, params_from_named
-from crystallm_jax.convert.card import ModelCard
-from crystallm_jax.convert.hf_tokenizer import tokenizer_files
-from crystallm_jax.convert.huggingface import read_huggingface, write_huggingface
-from crystallm_jax.convert.names import parameter_table
-from crystallm_jax.convert.published import read_published
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import GPT, ModelConfig
+from crystallm_jax.models.card import ModelCard
+from crystallm_jax.models.hf_tokenizer import tokenizer_files
+from crystallm_jax.models.huggingface import read_huggingface, write_huggingface
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.parameters import flattened, params_from_named
+from crystallm_jax.models.published import read_published
+from crystallm_jax.models.published_names import parameter_table
 
 PLAIN = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=16, dropout=0.1, attention_dropout=0.2)
 BIASED = dataclasses.replace(PLAIN, bias=True)
@@ -37,16 +37,16 @@ TAG = "_symmetry_space_group_name_H-M"
 PI = ("<pad>", "<bos>", "<eos>", "[", "]", "<prop>")
 
 
-def _weights(config: ModelConfig) -> Weights:
+def _weights(config: ModelConfig) -> Model:
     rng = np.random.default_rng(0)
     named = {
         ".".join(entry.path): rng.normal(0, 0.3, entry.shape) + (entry.path[-1] == "scale")
         for entry in parameter_table(config).values()
     }
-    return Weights(config, params_from_named(named, config, place="here"))
+    return Model(config, params_from_named(named, config, place="here"))
 
 
-def _equal(one: Weights, other: Weights) -> bool:
+def _equal(one: Model, other: Model) -> bool:
     first, second = flattened(one.params), flattened(other.params)
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 

@@ -15,9 +15,9 @@ ROOMS = (
     ("data",),
     ("artifacts",),
     ("model",),
-    ("convert",),
+    ("train_run",),
+    ("models",),
     ("training",),
-    ("exchange",),
     ("sampling",),
     ("ahead",),
     ("evaluation",),
@@ -164,7 +164,7 @@ def test_rooms_for_people_without_an_accelerator_know_no_jax() -> None:
 
 def test_orbax_and_attention_backends_are_named_in_one_place_each() -> None:
     orbax = {item.file for file in _files() for item in _imports(file) if item.module.startswith("orbax")}
-    assert orbax == {"convert/orbax_params.py", "training/checkpoint.py"}
+    assert orbax == {"models/orbax_arrays.py", "training/checkpoint.py"}
     kernels = {
         _name(file) for file in _files() if "dot_product_attention" in file.read_text(encoding="utf-8")
     }
@@ -173,7 +173,7 @@ def test_orbax_and_attention_backends_are_named_in_one_place_each() -> None:
 
 @pytest.mark.parametrize("module", ["pickle", "torch", "random"])
 def test_what_the_style_forbids_is_not_imported(module: str) -> None:
-    allowed = {"pickle": {"convert/torch_file.py"}}.get(module, set())
+    allowed = {"pickle": {"models/torch_file.py"}}.get(module, set())
     users = {item.file for file in _files() for item in _imports(file) if item.module == module}
     assert users <= allowed
 

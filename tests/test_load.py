@@ -16,8 +16,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from crystallm_jax.config import to_yaml
-from crystallm_jax.convert.card import CARD_FILE, ModelCard, damage_of, read_card
-from crystallm_jax.convert.folder import (
+from crystallm_jax.errors import CrystallmError, ModelError
+from crystallm_jax.model import GPT, ModelConfig, init_params
+from crystallm_jax.model.layout import stacked
+from crystallm_jax.models.card import CARD_FILE, ModelCard, damage_of, read_card
+from crystallm_jax.models.crop import crop_block_size
+from crystallm_jax.models.folder import (
     CONFIG_FILE,
     MOMENTS_FILE,
     TRAINING_FILE,
@@ -27,14 +31,11 @@ from crystallm_jax.convert.folder import (
     read_folder_training,
     write_folder,
 )
-from crystallm_jax.convert.new_folder import new_folder
-from crystallm_jax.convert.weights import Moments, Training, Weights
-from crystallm_jax.errors import CrystallmError, ModelError
-from crystallm_jax.model import GPT, ModelConfig, init_params
-from crystallm_jax.model.layout import stacked
+from crystallm_jax.models.kinds import read_model
+from crystallm_jax.models.model import Model, Moments, Training
+from crystallm_jax.models.new_folder import new_folder
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.step import create_state
 
 BIASED = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11, bias=True)
@@ -58,7 +59,7 @@ def params() -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path, params: Any) -> Path:
-    write_folder(tmp_path / "model", Weights(BIASED, params))
+    write_folder(tmp_path / "model", Model(BIASED, params))
     return tmp_path / "model"
 
 
@@ -79,7 +80,7 @@ def test_a_model_folder_gives_back_what_was_written(
     dtype: Any, tolerance: float, tmp_path: Path, params: Any
 ) -> None:
     path = tmp_path / "deep" / "model"
-    write_folder(path, Weights(BIASED, params), dtype=dtype)
+    write_folder(path, Model(BIASED, params), dtype=dtype)
     read = read_folder(path)
     assert read.config == BIASED
     assert jax.tree.structure(read.params) == jax.tree.structure(params)
@@ -91,9 +92,9 @@ def test_a_model_folder_gives_back_what_was_written(
 
 
 def test_bfloat16_is_read_where_no_jax_is_loaded(tmp_path: Path, params: Any) -> None:
-    write_folder(tmp_path / "model", Weights(BIASED, params), dtype="bfloat16")
+    write_folder(tmp_path / "model", Model(BIASED, params), dtype="bfloat16")
     code = (
-        "import sys; from crystallm_jax.convert.folder import read_folder;"
+        "import sys; from crystallm_jax.models.folder import read_folder;"
         f" read_folder({str(tmp_path / 'model')!r}); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -117,18 +118,18 @@ def test_two_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 def test_orbax_parameters_are_the_same_model(tmp_path: Path, params: Any) -> None:
     path = tmp_path / "model"
-    write_folder(path, Weights(BIASED, params), storage="orbax")
+    write_folder(path, Model(BIASED, params), storage="orbax")
     assert not (path / WEIGHTS_FILE).exists()
-    _equal(load_weights(path).params, params)
+    _equal(read_model(path).params, params)
     part = max((path / "params").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
     part.write_bytes(b"\0" * part.stat().st_size)
-    _refused(lambda: load_weights(path), str(path), "damaged")
+    _refused(lambda: read_model(path), str(path), "damaged")
 
 
 def test_moments_travel_with_a_folder_and_are_read_when_asked_for(tmp_path: Path, params: Any) -> None:
     first, second = (jax.tree.map(lambda leaf, k=k: leaf + k, params) for k in (1, 2))
     training = Training(7, 0.5, {"beta1": 0.9}, Moments(6, first, second))
-    write_folder(tmp_path / "model", Weights(BIASED, params, training))
+    write_folder(tmp_path / "model", Model(BIASED, params, training))
     light = read_folder(tmp_path / "model").training
     assert light == Training(7, 0.5, {"beta1": 0.9})
     read = read_folder_training(tmp_path / "model").training
@@ -142,7 +143,7 @@ def test_moments_travel_with_a_folder_and_are_read_when_asked_for(tmp_path: Path
 
 
 def test_a_card_says_what_is_known_and_its_hashes_hold(tmp_path: Path) -> None:
-    weights = Weights(SPEAKING, jax.device_get(init_params(SPEAKING, jax.random.key(1))))
+    weights = Model(SPEAKING, jax.device_get(init_params(SPEAKING, jax.random.key(1))))
     card = ModelCard("cc-by-4.0", "Crystals: of --- many kinds", "crystallm train", {"val_loss": 0.25})
     written = write_folder(tmp_path / "model", weights, card=card)
     read = read_card(tmp_path / "model")
@@ -169,9 +170,9 @@ def test_a_card_says_what_is_known_and_its_hashes_hold(tmp_path: Path) -> None:
 )
 def test_a_damaged_card_is_refused(head: str, folder: Path) -> None:
     (folder / CARD_FILE).write_text(f"---\n{head}\n---\nText\n")
-    _refused(lambda: load_weights(folder), CARD_FILE, "damaged")
+    _refused(lambda: read_model(folder), CARD_FILE, "damaged")
     (folder / CARD_FILE).write_text("---\nformat: 3\n---\n")
-    _refused(lambda: load_weights(folder), "format 3", "newer")
+    _refused(lambda: read_model(folder), "format 3", "newer")
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 9, b"cut", b"bit"])
@@ -181,10 +182,10 @@ def test_damaged_weights_are_refused(content: bytes, folder: Path) -> None:
     weights.write_bytes(
         {b"cut": whole[:-8], b"bit": whole[:-1] + bytes([whole[-1] ^ 1])}.get(content, content)
     )
-    _refused(lambda: load_weights(folder), str(folder), WEIGHTS_FILE, "damaged")
+    _refused(lambda: read_model(folder), str(folder), WEIGHTS_FILE, "damaged")
     (folder / CARD_FILE).unlink()
     if content != b"bit":
-        _refused(lambda: load_weights(folder), str(weights), "damaged")
+        _refused(lambda: read_model(folder), str(weights), "damaged")
 
 
 def test_weights_that_are_not_what_the_configuration_says_are_refused(old_folder: Path) -> None:
@@ -208,7 +209,7 @@ def test_weights_that_are_not_what_the_configuration_says_are_refused(old_folder
 def test_a_folder_that_is_there_is_not_written_over(folder: Path, params: Any) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(ModelError, match="is there already"):
-        write_folder(folder, Weights(BIASED, params))
+        write_folder(folder, Model(BIASED, params))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not list(folder.parent.glob("*.partial"))
 
@@ -224,33 +225,33 @@ def test_weights_are_loaded_from_a_run(layers: Any, tmp_path: Path, params: Any)
         checkpoints.save(state, step=3, data_state={}, description=described, val_loss=None)
     (tmp_path / CONFIG_FILE).write_text(to_yaml(config))
     for path in (tmp_path, tmp_path / "checkpoints" / "3"):
-        read = load_weights(path)
+        read = read_model(path)
         assert read.config == BIASED
         _equal(read.params, params)
 
 
 def test_where_no_model_is_nothing_is_loaded(tmp_path: Path) -> None:
-    _refused(lambda: load_weights(tmp_path), str(tmp_path), "no model there")
-    _refused(lambda: load_weights(tmp_path / "none"), "no model there")
+    _refused(lambda: read_model(tmp_path), str(tmp_path), "no model there")
+    _refused(lambda: read_model(tmp_path / "none"), "no model there")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / CONFIG_FILE).write_text(to_yaml(TrainConfig()))
-    _refused(lambda: load_weights(tmp_path), "no complete checkpoint")
+    _refused(lambda: read_model(tmp_path), "no complete checkpoint")
 
 
 def test_a_shorter_context_keeps_the_logits_and_a_longer_one_is_refused(params: Any) -> None:
-    cropped = crop_block_size(Weights(BIASED, params), 4, place="here")
+    cropped = crop_block_size(Model(BIASED, params), 4, place="here")
     assert cropped.config == dataclasses.replace(BIASED, block_size=4)
     tokens = jnp.array([[1, 2, 3, 4]])
     whole = GPT(BIASED).apply({"params": params}, tokens)
     np.testing.assert_array_equal(GPT(cropped.config).apply({"params": cropped.params}, tokens), whole)
-    _refused(lambda: crop_block_size(Weights(BIASED, params), 7, place="here"), "here", "block_size=7")
+    _refused(lambda: crop_block_size(Model(BIASED, params), 7, place="here"), "here", "block_size=7")
 
 
 @pytest.mark.parametrize("name", ["vocab.json", CARD_FILE])
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, folder: Path) -> None:
     (folder / name).unlink(missing_ok=True)  # this vocabulary is not the package's
     os.mkfifo(folder / name)
-    _refused(lambda: load_weights(folder), name, "no plain file")
+    _refused(lambda: read_model(folder), name, "no plain file")
 
 
 def test_checkpoints_that_cannot_be_listed_are_one_line(

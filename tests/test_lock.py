@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.training.lock import LOCK_FILE, sole_run
+from crystallm_jax.train_run.lock import LOCK_FILE, sole_run
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:

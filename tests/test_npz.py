@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 
 from crystallm_jax.cif.vocabulary import TOKENS
-from crystallm_jax.convert.arrange import named_arrays
-from crystallm_jax.convert.names import parameter_table
-from crystallm_jax.convert.npz import packed, read_npz, unpacked, write_npz
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.npz import packed, read_npz, unpacked, write_npz
+from crystallm_jax.models.parameters import named_arrays
+from crystallm_jax.models.published_names import parameter_table
 
 BIASED = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=371, bias=True, dtype="bfloat16")
 KERNEL = "h_0.mlp.c_fc.kernel"
 
 
-def _weights(config: ModelConfig = BIASED) -> Weights:
+def _weights(config: ModelConfig = BIASED) -> Model:
     rng, params = np.random.default_rng(0), {}
     for entry in parameter_table(config).values():
         inner = params
         for part in entry.path[:-1]:
             inner = inner.setdefault(part, {})
         inner[entry.path[-1]] = rng.normal(size=entry.held).astype(np.float32)
-    return Weights(config, params)
+    return Model(config, params)
 
 
 @pytest.fixture

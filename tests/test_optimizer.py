@@ -19,8 +19,8 @@ from crystallm_jax.config import load_config
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import init_params
 from crystallm_jax.model.layout import stacked, unstacked
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.optimizer import MATRIX_RULES, MUON_RMS, decay_mask, make_optimizer
 from crystallm_jax.training.sharding import make_mesh, path_name
 from crystallm_jax.training.step import compile_steps, initial_state
@@ -145,7 +145,7 @@ import jax, numpy as np
 from crystallm_jax.model import init_params
 from crystallm_jax.model.layout import stacked
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.optimizer import make_optimizer
 from crystallm_jax.training.sharding import make_mesh, state_shardings
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import crystallm_jax as cl
-from crystallm_jax.convert.folder import read_folder
-from crystallm_jax.convert.names import parameter_table
-from crystallm_jax.convert.published import read_published
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.folder import read_folder
+from crystallm_jax.models.published import read_published
+from crystallm_jax.models.published_names import parameter_table
 from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
 from crystallm_jax.portable.network import Network, prepare, whole_logits
 from crystallm_jax.portable.sampling import (

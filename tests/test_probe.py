@@ -23,8 +23,8 @@ from crystallm_jax.model import init_params
 from crystallm_jax.model.layout import stacked
 from crystallm_jax.probe import ValidityProbe
 from crystallm_jax.sampling.requests import Completion
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training import loop
-from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.loop import RunResult
 from crystallm_jax.training.sharding import make_mesh
 

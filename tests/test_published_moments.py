@@ -11,23 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crystallm_jax.convert.names import optimizer_order, parameter_table
-from crystallm_jax.convert.published import (
+from crystallm_jax.data.packing import Batch
+from crystallm_jax.data.preparing.writer import StoreWriter
+from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.model import ModelConfig
+from crystallm_jax.models.kinds import read_training
+from crystallm_jax.models.model import Model, Moments, Training
+from crystallm_jax.models.published import (
     PUBLISHED_DEFAULTS,
     read_published,
     read_published_training,
     write_published,
 )
-from crystallm_jax.convert.torch_file import read_torch_file
-from crystallm_jax.convert.weights import Moments, Training, Weights
-from crystallm_jax.data.packing import Batch
-from crystallm_jax.data.preparing.writer import StoreWriter
-from crystallm_jax.errors import ConfigError, ModelError
-from crystallm_jax.model import ModelConfig
+from crystallm_jax.models.published_names import optimizer_order, parameter_table
+from crystallm_jax.models.runs import read_run_training
+from crystallm_jax.models.torch_file import read_torch_file
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.loop import run
-from crystallm_jax.training.moments import load_training, moved_state, training_of_run
+from crystallm_jax.training.moments import moved_state
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import CompiledSteps, compile_steps, create_state, initial_state
 
@@ -57,7 +59,7 @@ TINY = TrainConfig(
 )
 
 
-def _random_weights(config: ModelConfig, seed: int = 0) -> Weights:
+def _random_weights(config: ModelConfig, seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
 
     def tree() -> Any:
@@ -70,7 +72,7 @@ def _random_weights(config: ModelConfig, seed: int = 0) -> Weights:
         return nested
 
     settings = {"learning_rate": 0.25, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.5, "windows": "packed"}
-    return Weights(config, tree(), Training(9, 1.25, settings, Moments(7, tree(), tree())))
+    return Model(config, tree(), Training(9, 1.25, settings, Moments(7, tree(), tree())))
 
 
 def _assert_equal(found: Any, expected: Any) -> None:
@@ -78,7 +80,7 @@ def _assert_equal(found: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def _assert_same_training(found: Weights, expected: Weights) -> None:
+def _assert_same_training(found: Model, expected: Model) -> None:
     assert found.config == expected.config
     assert found.training is not None
     assert expected.training is not None
@@ -166,7 +168,7 @@ def test_an_archive_keeps_the_moments_of_its_checkpoint(
     with tarfile.open(tmp_path / "small.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "ckpt.pt", "small/ckpt.pt")
     assert (
-        load_training(tmp_path / "small.tar.gz").training.moments.updates == weights.training.moments.updates
+        read_training(tmp_path / "small.tar.gz").training.moments.updates == weights.training.moments.updates
     )
 
 
@@ -203,7 +205,7 @@ class Moved(NamedTuple):
     file: Path
     losses: np.ndarray
     later: Moments
-    end: Weights
+    end: Model
 
 
 @pytest.fixture(scope="module")
@@ -244,11 +246,11 @@ def _steps(config: TrainConfig, model_config: ModelConfig) -> CompiledSteps:
     return compile_steps(config, model_config, make_mesh(1, 1, jax.devices()[:1]))
 
 
-def _weights_of(state: Any, config: ModelConfig, settings: dict[str, Any]) -> Weights:
+def _weights_of(state: Any, config: ModelConfig, settings: dict[str, Any]) -> Model:
     state = jax.device_get(state)
     adam = state.opt_state[0]
     moments = Moments(int(adam.count), adam.mu, adam.nu)
-    return Weights(config, state.params, Training(int(state.step), None, settings, moments))
+    return Model(config, state.params, Training(int(state.step), None, settings, moments))
 
 
 def test_a_run_that_moved_through_a_file_gives_the_published_losses_and_moments(
@@ -362,10 +364,10 @@ def _losses(folder: Path) -> dict[int, float]:
 def test_a_run_goes_on_in_another_folder_where_the_first_stood(
     whole: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    weights = training_of_run(whole, step=2)
+    weights = read_run_training(whole / "checkpoints" / "2")
     write_published(tmp_path / "ckpt.pt", weights)
-    _assert_same_training(load_training(tmp_path / "ckpt.pt"), weights)
-    _assert_same_training(load_training(whole / "checkpoints" / "2"), weights)
+    _assert_same_training(read_training(tmp_path / "ckpt.pt"), weights)
+    _assert_same_training(read_training(whole / "checkpoints" / "2"), weights)
     config = dataclasses.replace(
         TINY,
         dataset=str(dataset),
@@ -381,8 +383,8 @@ def test_a_run_goes_on_in_another_folder_where_the_first_stood(
     # It is a run like others: with a checkpoint of its own, from which it resumes.
     resumed = dataclasses.replace(config, init_from="resume", eval_only=True)
     assert run(resumed).step == 4
-    again = training_of_run(tmp_path / "on")
-    ends = training_of_run(whole)
+    again = read_run_training(tmp_path / "on")
+    ends = read_run_training(whole)
     assert again.training.step == ends.training.step == 4
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5),
@@ -485,7 +487,7 @@ def _checkpoint(folder: Path, config: TrainConfig) -> Any:
 
 def test_a_run_with_an_average_trains_on_from_its_parameters(tmp_path: Path) -> None:
     params = _checkpoint(tmp_path, dataclasses.replace(TINY, ema_decay=0.5))
-    found = load_training(tmp_path)
+    found = read_training(tmp_path)
     _assert_equal(found.params, params)
     assert (found.training.step, found.training.best_val_loss) == (5, 1.5)
     assert found.training.settings["learning_rate"] == 1e-2
@@ -494,4 +496,4 @@ def test_a_run_with_an_average_trains_on_from_its_parameters(tmp_path: Path) -> 
 def test_the_state_of_muon_stays_in_its_run(tmp_path: Path) -> None:
     _checkpoint(tmp_path, dataclasses.replace(TINY, optimizer="muon"))
     with pytest.raises(ModelError, match=r"optimizer=muon.*init_state=weights"):
-        load_training(tmp_path)
+        read_training(tmp_path)

@@ -16,19 +16,19 @@ import pytest
 
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text
 from crystallm_jax.config import load_config
-from crystallm_jax.convert.folder import write_folder
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import init_params
+from crystallm_jax.models.folder import write_folder
+from crystallm_jax.models.kinds import read_model
+from crystallm_jax.models.model import Model
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.metrics import MetricsLog
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import load_weights
 from crystallm_jax.training.loop import run
-from crystallm_jax.training.metrics import MetricsLog
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import batch_loss, compile_steps
 from crystallm_jax.training.stop import EXIT_AGAIN, TrainingStoppedError
@@ -62,7 +62,7 @@ import os, resource, signal, sys, time
 from pathlib import Path
 from crystallm_jax.cli import main
 from crystallm_jax.training.batches import PlacedBatches
-from crystallm_jax.training.metrics import MetricsLog
+from crystallm_jax.train_run.metrics import MetricsLog
 
 fault, at, checkpoint, write = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), MetricsLog.write
 
@@ -250,7 +250,7 @@ def test_a_run_that_was_interrupted_ends_as_the_one_that_was_not(finished: Left,
     assert finished.steps == list(range(1, STEPS + 1))
 
     assert _learned(finished.out_dir) == _learned(straight)
-    interrupted, uninterrupted = load_weights(finished.out_dir), load_weights(straight)
+    interrupted, uninterrupted = read_model(finished.out_dir), read_model(straight)
     assert interrupted.config == uninterrupted.config
     jax.tree.map(np.testing.assert_array_equal, interrupted.params, uninterrupted.params)
     config = load_config(TrainConfig, finished.out_dir / "config.yaml")
@@ -327,8 +327,8 @@ def test_every_cut_goes_on_exactly_in_the_middle_of_an_epoch(
     assert len(losses[0]) == STEPS
     jax.tree.map(
         np.testing.assert_array_equal,
-        load_weights(tmp_path / "broken").params,
-        load_weights(tmp_path / "whole").params,
+        read_model(tmp_path / "broken").params,
+        read_model(tmp_path / "whole").params,
     )
     _refused(DataError, dataclasses.replace(again, batch_size=4), "batch_size=2", "batch_size=4")
 
@@ -393,7 +393,7 @@ def test_a_finished_run_is_only_evaluated(straight: Path, dataset: Path) -> None
 
 def _evaluated(dataset: Path, source: Path, config: TrainConfig) -> float:
     """The validation loss of the weights at `source`, by hand."""
-    weights = load_weights(source)
+    weights = read_model(source)
     rows = open_rows(
         TokenStore.open(dataset, "val"),
         block_size=config.block_size,
@@ -420,7 +420,7 @@ def test_a_run_begins_with_the_weights_of_a_model_folder(
 ) -> None:
     model = dataclasses.replace(TINY, block_size=block_size).model_config(371)
     params = jax.device_get(jax.jit(init_params, static_argnums=0)(model, jax.random.key(9)))
-    write_folder(tmp_path / "model", Weights(model, params))
+    write_folder(tmp_path / "model", Model(model, params))
     config = dataclasses.replace(
         TINY,
         dataset=str(dataset),

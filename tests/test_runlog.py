@@ -16,9 +16,9 @@ import pytest
 
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import flops_per_token
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.metrics import read_metrics
 from crystallm_jax.training import runlog
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.metrics import read_metrics
 from crystallm_jax.training.runlog import RunLog
 
 CONFIG = TrainConfig(

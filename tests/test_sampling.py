@@ -11,9 +11,9 @@ import pytest
 
 from crystallm_jax.api import load_model
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import ModelConfig
+from crystallm_jax.models.published_names import parameter_table
 from crystallm_jax.sampling import reader
 from crystallm_jax.sampling.decode import decoder
 from crystallm_jax.sampling.generate import generate

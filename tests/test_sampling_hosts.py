@@ -14,9 +14,9 @@ import pytest
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.cli import main
-from crystallm_jax.convert.folder import write_folder
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.model import ModelConfig, init_params
+from crystallm_jax.models.folder import write_folder
+from crystallm_jax.models.model import Model
 from crystallm_jax.training.stop import EXIT_AGAIN
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     config = ModelConfig(
         n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=CIFTokenizer().vocab_size, dtype="float32"
     )
-    write_folder(folder / "model", Weights(config, init_params(config, jax.random.key(0))))
+    write_folder(folder / "model", Model(config, init_params(config, jax.random.key(0))))
     table = folder / "prompts.csv"
     table.write_text("formula,z\nNaCl,4\nNaCl,4\nTiO2,2\nNaCl,4\nKBr,4\n")
     (folder / "process.py").write_text(_PROCESS)

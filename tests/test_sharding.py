@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from crystallm_jax.convert.arrange import flattened
-from crystallm_jax.convert.card import ModelCard
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.exchange.export import Format, export
 from crystallm_jax.model import ModelConfig, init_params
-from crystallm_jax.training.load import load_weights
+from crystallm_jax.models.card import ModelCard
+from crystallm_jax.models.kinds import WriteSettings, Written, read_model, write_model
+from crystallm_jax.models.parameters import flattened
 from crystallm_jax.training.sharding import FSDP, make_mesh, parameter_specs, state_shardings
 
 ROOT = Path(__file__).parents[1]
@@ -72,12 +71,12 @@ def test_only_the_data_axis_runs_between_tpu_slices() -> None:
 _EIGHT_DEVICES = """
 import dataclasses, json, pathlib, sys
 import jax, numpy as np
-from crystallm_jax.convert.arrange import flattened
+from crystallm_jax.models.parameters import flattened
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model.layout import unstacked
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 
@@ -163,15 +162,15 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh: str, eight_devices: dic
     assert np.isfinite(eight_devices["1"]["losses"]).all()
 
 
-@pytest.mark.parametrize("form", ["folder", "published", "numpy"])
+@pytest.mark.parametrize("kind", ["folder", "published", "numpy"])
 def test_what_eight_devices_trained_is_exported_and_loaded_on_one(
-    form: Format, eight_devices: dict[str, Any], saved_run: Path, tmp_path: Path
+    kind: Written, eight_devices: dict[str, Any], saved_run: Path, tmp_path: Path
 ) -> None:
     assert jax.device_count() == 1
     target = tmp_path / "model"
-    export(load_weights(saved_run), target, form=form, card=ModelCard())
+    write_model(target, read_model(saved_run), kind=kind, settings=WriteSettings(ModelCard()))
     with np.load(saved_run / "expected.npz") as expected:
-        found = flattened(load_weights(target).params)
+        found = flattened(read_model(target).params)
         assert found.keys() == set(expected)
         for name, value in found.items():
             np.testing.assert_array_equal(value, expected[name])

@@ -17,15 +17,15 @@ import pytest
 
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text
 from crystallm_jax.cli import main as crystallm
-from crystallm_jax.convert.card import read_card
-from crystallm_jax.convert.folder import read_folder
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ModelError
+from crystallm_jax.models.card import read_card
+from crystallm_jax.models.folder import read_folder
+from crystallm_jax.models.model import Model
+from crystallm_jax.train_run.metrics import read_metrics
 from crystallm_jax.training import runlog
-from crystallm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS, DECAY = 6, 3
@@ -81,7 +81,7 @@ def quick(
     measuring = tool("measure_default")
     compute = measuring.loss_of_files
 
-    def once(weights: Weights, store: TokenStore) -> object:
+    def once(weights: Model, store: TokenStore) -> object:
         key = f"{measuring.digest_of(weights)} {store.folder} {weights.config.block_size}"
         if key not in known_losses:
             known_losses[key] = compute(weights, store)

@@ -10,9 +10,9 @@ import pytest
 import crystallm_jax as cl
 from crystallm_jax.cif import make_prompt
 from crystallm_jax.cif.vocabulary import TOKENS
-from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.model import GPT, ModelConfig
 from crystallm_jax.model.inference import Weights, prepare_weights
+from crystallm_jax.models.published_names import parameter_table
 from crystallm_jax.sampling.constrain import Automaton
 from crystallm_jax.sampling.decode import Rules
 from crystallm_jax.sampling.devices import Placement

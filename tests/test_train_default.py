@@ -19,9 +19,9 @@ from crystallm_jax.config import load_config
 from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.errors import DataError
+from crystallm_jax.models.kinds import read_model
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training import runlog
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import load_weights
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -173,7 +173,7 @@ def test_a_run_of_another_shape_is_refused_and_stays(
 def test_two_at_once_are_refused(
     stopped: Path, dataset: Path, tool: Callable[[str], ModuleType], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from crystallm_jax.training.lock import sole_run
+    from crystallm_jax.train_run.lock import sole_run
 
     arguments = ["--dataset", str(dataset), "--out-dir", str(stopped), "--nice", "0", *TINY, "dtype=float32"]
     with sole_run(stopped):
@@ -273,7 +273,7 @@ def test_a_signal_while_arithmetics_are_timed_ends_it(
 def test_a_new_run_begins_from_the_model_in_the_package_where_it_fits(
     dataset: Path, tool: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    shipped = load_weights("default").config
+    shipped = read_model("default").config
     shape = {name: getattr(shipped, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
     begin = tool("train_default").begin
     out_dir = str(tmp_path / "run")

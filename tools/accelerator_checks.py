@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from accelerator_shipment import GOLDEN_MODELS, GREEDY_FILE, Shipment
 
-from crystallm_jax.convert import Weights, read_published
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.rows import open_rows
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.attention import Backend, choose_backend
 from crystallm_jax.model.transformer import INIT_STD
+from crystallm_jax.models import Model, read_published
 from crystallm_jax.training.step import batch_loss
 
 Result = dict[str, Any]
@@ -87,7 +87,7 @@ def _logits(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def _greedy(
-    weights: Weights, prompt: list[int], length: int, *, forward: Callable[..., jax.Array]
+    weights: Model, prompt: list[int], length: int, *, forward: Callable[..., jax.Array]
 ) -> list[int]:
     """A prompt and the likeliest tokens after it, `length` in all; the last of a context are seen, where it is full."""
     T = weights.config.block_size

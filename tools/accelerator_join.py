@@ -4,9 +4,9 @@ from pathlib import Path
 
 from accelerator_parts import read_parts
 
-from crystallm_jax.convert.card import ModelCard
-from crystallm_jax.convert.folder import write_folder
-from crystallm_jax.convert.weights import Training, Weights
+from crystallm_jax.models.card import ModelCard
+from crystallm_jax.models.folder import write_folder
+from crystallm_jax.models.model import Model, Training
 
 
 def join(folder: Path, out: Path) -> ModelCard:
@@ -28,4 +28,4 @@ def join(folder: Path, out: Path) -> ModelCard:
         training_command=report["command"],
         metrics={} if val_loss is None else {"val_loss": val_loss},
     )
-    return write_folder(out, Weights(weights.config, weights.params, training), card=card, dtype="float16")
+    return write_folder(out, Model(weights.config, weights.params, training), card=card, dtype="float16")

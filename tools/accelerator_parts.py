@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from accelerator_shipment import byte_planes, from_byte_planes
 
-from crystallm_jax.convert.arrange import flattened, named_arrays, params_from_named
-from crystallm_jax.convert.new_folder import new_file
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.models.parameters import flattened, named_arrays, params_from_named
 
 FORMAT = 1
 REPORT_FILE, METRICS_FILE = "report.json", "metrics.jsonl.gz"
@@ -38,7 +38,7 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError)
 class Returned(NamedTuple):
     """What came back: the weights, and all of the report."""
 
-    weights: Weights
+    weights: Model
     report: dict[str, Any]
 
 
@@ -155,7 +155,7 @@ def read_parts(folder: Path) -> Returned:
         if Path(name).name != name:
             raise ModelError(f"{folder / REPORT_FILE}: names {name!r}, which is not in the folder")
         named |= _read_part(folder / name, sha256)
-    return Returned(Weights(config, params_from_named(named, config, place=str(folder))), report)
+    return Returned(Model(config, params_from_named(named, config, place=str(folder))), report)
 
 
 def _read_part(path: Path, sha256: str) -> dict[str, np.ndarray]:

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crystallm_jax.convert.new_folder import new_file
 from crystallm_jax.data.store import TOKEN_DTYPE, TokenStore
 from crystallm_jax.errors import DataError
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.train_run.config import TrainConfig
 
 SETTINGS_FILE, HEADER_FILE, GOLDEN_FOLDER = "settings.json", "meta.json", "golden"
 SPLITS = ("train", "val")

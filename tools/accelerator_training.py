@@ -20,16 +20,16 @@ from accelerator_clock import Clock, at_decay, decayed_rate
 from accelerator_parts import Outbox, Returned, check_size
 from accelerator_shipment import Shipment
 
-from crystallm_jax.convert.new_folder import new_file
 from crystallm_jax.data.rows import Rows, open_rows
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig, count_params, flops_per_token
+from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.lock import sole_run
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.devices import device_peak_flops
 from crystallm_jax.training.distributed import Share
 from crystallm_jax.training.evaluate import Evaluator
-from crystallm_jax.training.lock import sole_run
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import CompiledSteps, StepMetrics, TrainState, compile_steps, initial_state
 from crystallm_jax.training.stop import StopRequest, stop_signals

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from crystallm_jax.convert.new_folder import new_file
 from crystallm_jax.errors import ModelError
-from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, is_checkpoint
+from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, is_checkpoint
 
 BRANCH_FILE = "branch.json"
 # Of the steps before the decay, how many it takes; and how many at least.

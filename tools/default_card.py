@@ -7,12 +7,12 @@ from default_branch import Branch
 from default_origin import Origin
 from measure_default import TOP_K, Measured, reasons_of
 
-from crystallm_jax.convert.card import ModelCard
 from crystallm_jax.data.store import read_header
-from crystallm_jax.exchange.provenance import training_command
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.runfolder import read_lines
+from crystallm_jax.models.card import ModelCard
+from crystallm_jax.models.provenance import training_command
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.status import read_lines
 
 LICENSE = "cc-by-4.0"
 

@@ -17,7 +17,7 @@ from crystallm_jax.data.feed import open_feed
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.model.config import DType
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 from crystallm_jax.training.stop import stop_signals

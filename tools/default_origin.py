@@ -4,11 +4,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from crystallm_jax.convert.new_folder import new_file
-from crystallm_jax.convert.sources import bare_name, locate
 from crystallm_jax.errors import ModelError
-from crystallm_jax.exchange.provenance import card_of
-from crystallm_jax.training.load import found_run
+from crystallm_jax.models.kinds import card_of
+from crystallm_jax.models.locate import bare_name, locate
+from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.models.runs import run_of
 
 ORIGIN_FILE = "origin.json"
 
@@ -38,7 +38,7 @@ def origin_of(init_from: str) -> Origin:
         return Origin()
     path = locate(init_from)
     card = card_of(path)
-    run = found_run(path)
+    run = run_of(path)
     before = Origin() if run is None else read_origin(run.folder)
     data = "; ".join(filter(None, (card.data, before.data)))
     return Origin(bare_name(init_from), int(card.metrics.get("tokens", 0)) + before.tokens, data)

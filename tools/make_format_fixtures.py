@@ -10,10 +10,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from crystallm_jax.convert import huggingface, npz
-from crystallm_jax.convert.card import FOLDER_FORMAT, ModelCard
-from crystallm_jax.convert.folder import read_folder_training
-from crystallm_jax.exchange.export import export
+from crystallm_jax.models import huggingface, npz
+from crystallm_jax.models.card import FOLDER_FORMAT, ModelCard
+from crystallm_jax.models.folder import read_folder_training
+from crystallm_jax.models.kinds import WriteSettings, write_model
 
 MODELS = Path(__file__).parents[1] / "tests" / "fixtures" / "models"
 CARD = ModelCard(license="cc0-1.0", data="none to speak of", metrics={"val_loss": 5.0})
@@ -33,7 +33,7 @@ def main() -> int:
         if (MODELS / name).exists():
             print(f"{name}: is there already")
             continue
-        export(given, MODELS / name, form=form, card=CARD)
+        write_model(MODELS / name, given, kind=form, settings=WriteSettings(CARD))
         print(f"{name}: written")
     return 0
 

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from default_stop import leave_if_asked
 
 from crystallm_jax.api import CrystalModel, load_model
-from crystallm_jax.convert.arrange import named_arrays
-from crystallm_jax.convert.new_folder import new_file
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ModelError, SamplingError
 from crystallm_jax.evaluation import ValidatorPool
+from crystallm_jax.models.crop import crop_block_size
+from crystallm_jax.models.kinds import read_model
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.models.parameters import named_arrays
 from crystallm_jax.results import ResultsFolder, sample_into
 from crystallm_jax.sampling.constrain import Automaton, Level
 from crystallm_jax.sampling.methods import SamplingMethod
@@ -26,7 +28,6 @@ from crystallm_jax.sampling.prompt_files import read_prompts
 from crystallm_jax.sampling.prompts import Prompt, unique_ids
 from crystallm_jax.sampling.requests import GenerationRequest
 from crystallm_jax.training.evaluate import FilesLoss, loss_of_files
-from crystallm_jax.training.load import crop_block_size, load_weights
 from crystallm_jax.training.stop import StopRequest
 
 TEMPERATURES = (1.0, 0.5)
@@ -109,7 +110,7 @@ def measure(
         CrystallmError: the model or the data cannot be read.
         TrainingStoppedError: a signal asked to end.
     """
-    weights = load_weights(model)
+    weights = read_model(model)
     digest = digest_of(weights)
     losses = losses_of(weights, datasets, stop=stop)
     folder = scratch / f"{digest}-{count}-{seed}"
@@ -119,7 +120,7 @@ def measure(
 
 
 def losses_of(
-    weights: Weights, datasets: Sequence[Path], *, stop: StopRequest, block_size: int | None = None
+    weights: Model, datasets: Sequence[Path], *, stop: StopRequest, block_size: int | None = None
 ) -> dict[str, FilesLoss]:
     """The loss on the validation set of each prepared folder, with a context of `block_size` or the model's own.
 
@@ -136,7 +137,7 @@ def losses_of(
     return found
 
 
-def digest_of(weights: Weights) -> str:
+def digest_of(weights: Model) -> str:
     """A checksum of a model's shape and numbers, 12 hexadecimal digits."""
     digest = hashlib.sha256(repr(weights.config.block_size).encode())
     for name, values in sorted(named_arrays(weights.params, weights.config).items()):

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from default_branch import Branch
     from measure_default import Measured
 
-    from crystallm_jax.convert.weights import Weights
-    from crystallm_jax.training.config import TrainConfig
+    from crystallm_jax.models.model import Model
+    from crystallm_jax.train_run.config import TrainConfig
     from crystallm_jax.training.stop import StopRequest
 
 TARGET = ROOT / "crystallm_jax" / "assets" / "default"
@@ -106,7 +106,7 @@ def evaluate(given: argparse.Namespace, stop: "StopRequest") -> int:
     Raises:
         CrystallmError: a model or data that cannot be used, or a signal that ended it.
     """
-    from crystallm_jax.convert.sources import bare_name  # noqa: PLC0415
+    from crystallm_jax.models.locate import bare_name  # noqa: PLC0415
 
     prepare(given, given.dataset)
     measured = measured_of(given.evaluate_only, bare_name(given.evaluate_only), given, given.dataset, stop)
@@ -124,8 +124,8 @@ def ship(given: argparse.Namespace, stop: "StopRequest") -> int:
     from swap_folder import swap_folder  # noqa: PLC0415
 
     from crystallm_jax.config import load_config  # noqa: PLC0415
-    from crystallm_jax.training.config import TrainConfig  # noqa: PLC0415
-    from crystallm_jax.training.runfolder import CONFIG_FILE  # noqa: PLC0415
+    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
+    from crystallm_jax.train_run.names import CONFIG_FILE  # noqa: PLC0415
 
     branch = find_branch(given.run, given.out_dir, given.decay_iters)
     settings = load_config(TrainConfig, branch.run / CONFIG_FILE)
@@ -173,7 +173,7 @@ def prepare(given: argparse.Namespace, dataset: Path) -> None:
 
 def decay(branch: "Branch", settings: "TrainConfig", dtype: str | None) -> int:
     """Train the decay to its end; returns the exit code of `crystallm train`."""
-    from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE  # noqa: PLC0415
+    from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE  # noqa: PLC0415
 
     if (branch.folder / CHECKPOINTS_FOLDER / str(branch.last_step)).is_dir():
         return 0
@@ -208,9 +208,9 @@ def export(
     from default_card import make_card  # noqa: PLC0415
     from default_origin import read_origin  # noqa: PLC0415
 
-    from crystallm_jax.convert.card import CARD_FILE  # noqa: PLC0415
-    from crystallm_jax.convert.folder import write_folder  # noqa: PLC0415
-    from crystallm_jax.convert.new_folder import new_file  # noqa: PLC0415
+    from crystallm_jax.models.card import CARD_FILE  # noqa: PLC0415
+    from crystallm_jax.models.folder import write_folder  # noqa: PLC0415
+    from crystallm_jax.models.new_folder import new_file  # noqa: PLC0415
 
     weights, kept = better_weights(branch, Path(settings.dataset), stop)
     # Whatever arithmetic it was trained in, it is read in float32.
@@ -230,7 +230,7 @@ def export(
     return measured
 
 
-def better_weights(branch: "Branch", dataset: Path, stop: "StopRequest") -> "tuple[Weights, str]":
+def better_weights(branch: "Branch", dataset: Path, stop: "StopRequest") -> "tuple[Model, str]":
     """Of a decay's last weights and their moving average those of the lower validation loss, and words for it.
 
     Raises:
@@ -238,13 +238,13 @@ def better_weights(branch: "Branch", dataset: Path, stop: "StopRequest") -> "tup
     """
     from measure_default import losses_of  # noqa: PLC0415
 
-    from crystallm_jax.convert.arrange import flattened, params_from_named  # noqa: PLC0415
-    from crystallm_jax.convert.weights import Weights  # noqa: PLC0415
+    from crystallm_jax.models.model import Model  # noqa: PLC0415
+    from crystallm_jax.models.parameters import flattened, params_from_named  # noqa: PLC0415
+    from crystallm_jax.models.runs import run_model_config  # noqa: PLC0415
+    from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER  # noqa: PLC0415
     from crystallm_jax.training.checkpoint import Checkpoints  # noqa: PLC0415
-    from crystallm_jax.training.load import run_model_config  # noqa: PLC0415
-    from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER  # noqa: PLC0415
 
-    found: dict[str, Weights] = {}
+    found: dict[str, Model] = {}
     with Checkpoints(branch.folder / CHECKPOINTS_FOLDER) as checkpoints:
         saved = checkpoints.read(lambda names: names[0] in ("params", "ema"), branch.last_step)
         config = run_model_config(branch.folder, saved.description)
@@ -252,7 +252,7 @@ def better_weights(branch: "Branch", dataset: Path, stop: "StopRequest") -> "tup
             if saved.arrays.get(root):
                 place = f"{checkpoints.folder / str(saved.step)}: {root}"
                 params = params_from_named(flattened(saved.arrays[root]), config, place=place)
-                found[name] = Weights(config, params)
+                found[name] = Model(config, params)
     losses = {name: losses_of(each, [dataset], stop=stop)[dataset.name].loss for name, each in found.items()}
     best = min(losses, key=lambda name: losses[name])
     told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -299,18 +299,18 @@ def shortcomings(
     from measure_default import losses_of  # noqa: PLC0415
     from swap_folder import put_right  # noqa: PLC0415
 
-    from crystallm_jax.training.load import load_weights  # noqa: PLC0415
+    from crystallm_jax.models.kinds import read_model  # noqa: PLC0415
 
     put_right(given.target)
     if not given.target.exists():
         return ""
-    shipped = load_weights(given.target)
+    shipped = read_model(given.target)
     datasets = list(dict.fromkeys((dataset, given.test_dataset)))
     shortest = min(shipped.config.block_size, measured.block_size)
     theirs = losses_of(shipped, datasets, stop=stop, block_size=shortest)
     ours = measured.losses
     if shortest < measured.block_size:
-        ours = losses_of(load_weights(exported), datasets, stop=stop, block_size=shortest)
+        ours = losses_of(read_model(exported), datasets, stop=stop, block_size=shortest)
     for name, found in ours.items():
         logger.info(
             "%s, context %d: validation loss %.4f, shipped %.4f",

@@ -34,12 +34,12 @@ from crystallm_jax.cli import log_to_stderr, quiet_libtpu
 from crystallm_jax.cli import main as crystallm
 from crystallm_jax.data.corpus import EMBEDDED
 from crystallm_jax.errors import ConfigError, CrystallmError, ModelError
-from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, is_checkpoint
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, is_checkpoint
 
 # JAX is imported where it is needed: the processes that prepare crystals import this file too.
 if TYPE_CHECKING:
     from crystallm_jax.model import ModelConfig
-    from crystallm_jax.training.config import TrainConfig
+    from crystallm_jax.train_run.config import TrainConfig
 
 CONFIG = ROOT / "configs" / "default.yaml"
 LOWEST_PRIORITY = 19
@@ -135,7 +135,7 @@ def train(given: argparse.Namespace) -> int:
         CrystallmError: anything that cannot be used.
     """
     from crystallm_jax.config import load_config  # noqa: PLC0415
-    from crystallm_jax.training.config import TrainConfig  # noqa: PLC0415
+    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
     from crystallm_jax.training.stop import EXIT_AGAIN  # noqa: PLC0415
 
     for text in given.settings:
@@ -167,8 +167,9 @@ def begin(config: "TrainConfig", dataset: Path, init_from: str | None) -> str:
     from default_origin import origin_of, write_origin  # noqa: PLC0415
 
     from crystallm_jax.data.store import TokenStore  # noqa: PLC0415
+    from crystallm_jax.models.kinds import read_model  # noqa: PLC0415
+    from crystallm_jax.models.runs import run_model_config  # noqa: PLC0415
     from crystallm_jax.training.checkpoint import Checkpoints  # noqa: PLC0415
-    from crystallm_jax.training.load import load_weights, run_model_config  # noqa: PLC0415
 
     out_dir = Path(config.out_dir)
     wanted = config.model_config(TokenStore.open(dataset).header.vocab_size)
@@ -183,7 +184,7 @@ def begin(config: "TrainConfig", dataset: Path, init_from: str | None) -> str:
         return "resume"
     if init_from is None:
         # A longer context is cropped to this one.
-        shipped = load_weights("default").config
+        shipped = read_model("default").config
         misfits = differing(shipped, wanted)
         fits = not misfits or (misfits.startswith("block_size=") and shipped.block_size > wanted.block_size)
         init_from = "default" if fits else "scratch"

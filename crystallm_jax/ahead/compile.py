@@ -30,7 +30,7 @@ from crystallm_jax.sampling.generate import page_size
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.pool import pages_of_longest
 from crystallm_jax.sampling.rows import empty_rows
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps
 

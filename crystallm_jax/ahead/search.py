@@ -8,7 +8,7 @@ from typing import NamedTuple
 from crystallm_jax.ahead.compile import MemoryExceededError, Report, compile_training
 from crystallm_jax.ahead.topology import Slice
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 
 _TENSOR_SIZES = (1, 2, 4)
 

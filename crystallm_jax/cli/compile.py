@@ -12,7 +12,7 @@ from crystallm_jax.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from crystallm_jax.ahead.compile import Report
     from crystallm_jax.ahead.topology import Slice
-    from crystallm_jax.training.config import TrainConfig
+    from crystallm_jax.train_run.config import TrainConfig
 
 _EXAMPLE = """examples:
   crystallm compile --topology v5e:2x2 --config small
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Whatever devices this machine has, they are not what is compiled for.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from crystallm_jax.config import find_config, load_config  # noqa: PLC0415 - keeps --help instant
-    from crystallm_jax.training.config import TrainConfig  # noqa: PLC0415
+    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
 
     if arguments.decode is not None and arguments.decode < 1:
         raise ConfigError(f"--decode {arguments.decode}: must be at least 1 row")

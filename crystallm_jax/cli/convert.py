@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from crystallm_jax.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from crystallm_jax.convert.card import ModelCard
-    from crystallm_jax.exchange.export import Format
+    from crystallm_jax.models.card import ModelCard
+    from crystallm_jax.models.kinds import Written
 
 _EXAMPLE = """examples:
   crystallm convert ckpt.pt models/mine                     a published checkpoint as a model folder
@@ -111,32 +111,32 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: flags that do not go together.
         CrystallmError: there is no such model, it is damaged, or the target cannot be written.
     """
-    from crystallm_jax.convert.sources import locate  # noqa: PLC0415
-    from crystallm_jax.exchange.export import export, format_of, gathered  # noqa: PLC0415 - keeps --help instant
-    from crystallm_jax.exchange.provenance import card_of  # noqa: PLC0415
+    from crystallm_jax.models import kinds  # noqa: PLC0415 - keeps --help instant
+    from crystallm_jax.models.locate import locate  # noqa: PLC0415
     from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
 
     target: Path = arguments.target
-    form = arguments.to or format_of(target)
-    _check(arguments, form)
+    kind: Written = arguments.to or kinds.kind_to_write(target)
+    _check(arguments, kind)
     with terminate_as_interrupt():
         source = locate(arguments.source)
-        weights = gathered(source, form=form, weights_only=arguments.weights_only)
-        card = _told(card_of(source), arguments)
-        export(weights, target, form=form, card=card, dtype=arguments.dtype, storage=arguments.storage)
-    sys.stdout.write(f"{target}: {_size(target) / 1e6:,.2f} MB, {form}\n")
+        model = kinds.read_to_write(source, kind=kind, weights_only=arguments.weights_only)
+        card = _told(kinds.card_of(source), arguments)
+        settings = kinds.WriteSettings(card, arguments.dtype, arguments.storage)
+        kinds.write_model(target, model, kind=kind, settings=settings)
+    sys.stdout.write(f"{target}: {_size(target) / 1e6:,.2f} MB, {kind}\n")
     if arguments.push:
-        from crystallm_jax.convert.hub import push_hub  # noqa: PLC0415
+        from crystallm_jax.models.hub import push_hub  # noqa: PLC0415
 
         url = push_hub(target, arguments.push, private=arguments.private)
         sys.stdout.write(f"{url}\n")
     return 0
 
 
-def _check(arguments: argparse.Namespace, form: "Format") -> None:
+def _check(arguments: argparse.Namespace, kind: "Written") -> None:
     """Refuse what the format has no place for, rather than to leave it out."""
-    place = f"{arguments.target}, {form}"
-    if form not in ("folder", "huggingface"):
+    place = f"{arguments.target}, {kind}"
+    if kind not in ("folder", "huggingface"):
         if arguments.push:
             raise ConfigError(
                 f"--push {arguments.push}: only folders are uploaded, not {place}: add --to huggingface"
@@ -149,11 +149,11 @@ def _check(arguments: argparse.Namespace, form: "Format") -> None:
             raise ConfigError(f"{flag}: there is no model card in {place}: leave it out, or write a folder")
     if arguments.private and not arguments.push:
         raise ConfigError("--private says how --push makes a repository: add --push OWNER/NAME")
-    if arguments.storage != "safetensors" and form != "folder":
+    if arguments.storage != "safetensors" and kind != "folder":
         raise ConfigError(f"--storage {arguments.storage}: of model folders alone, not of {place}")
-    if arguments.dtype == "int8" and form != "numpy":
+    if arguments.dtype == "int8" and kind != "numpy":
         raise ConfigError(f"--dtype int8: of NumPy files (.npz) alone, not of {place}")
-    if arguments.dtype != "float32" and form == "published":
+    if arguments.dtype != "float32" and kind == "published":
         raise ConfigError(
             f"--dtype {arguments.dtype}: published checkpoints hold float32 alone: leave it out"
         )

@@ -179,9 +179,9 @@ def _tables(arguments: argparse.Namespace) -> "tuple[str, dict[Kind, EmbeddingTa
                 f"--among all: {model} holds one kind of tokens: give a model, not a file of vectors"
             )
         return vectors.name_of_file(model), {table.kind: table}
-    from crystallm_jax.training.load import load_weights  # noqa: PLC0415
+    from crystallm_jax.models.kinds import read_model  # noqa: PLC0415
 
-    weights = load_weights(model)
+    weights = read_model(model)
     kinds: tuple[Kind, ...] = get_args(vectors.Kind)
     return _name_of(model), {kind: vectors.vectors_of(weights, kind, place=model) for kind in kinds}
 

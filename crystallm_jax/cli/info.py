@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         DataError: the folder holds no tokens, or the picture cannot be written.
     """
-    from crystallm_jax.training.runfolder import is_run  # noqa: PLC0415  needs NumPy, --help does not
+    from crystallm_jax.train_run.names import is_run  # noqa: PLC0415  needs NumPy, --help does not
 
     if is_run(Path(arguments.folder)):
         from crystallm_jax.cli.run_info import show  # noqa: PLC0415
@@ -111,15 +111,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _model(name: str) -> Path | None:
     """Where the model of this name lies, a run's checkpoint among them; None for what is no model."""
-    from crystallm_jax.convert.detect import is_model  # noqa: PLC0415  needs NumPy, --help does not
-    from crystallm_jax.training.runfolder import is_checkpoint  # noqa: PLC0415
+    from crystallm_jax.models.detect import is_model  # noqa: PLC0415  needs NumPy, --help does not
+    from crystallm_jax.models.locate import is_name, locate  # noqa: PLC0415
 
-    if is_model(Path(name)) or is_checkpoint(Path(name)):
-        return Path(name)
-    if Path(name).exists():
-        return None
-    from crystallm_jax.convert.sources import is_name, locate  # noqa: PLC0415
-
+    path = Path(name)
+    if path.exists():
+        return path if is_model(path) else None
     return locate(name) if is_name(name) else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crystallm_jax.errors import DataError
-from crystallm_jax.training.runfolder import RunDescription, describe_run, read_lines, whole_number
+from crystallm_jax.train_run.status import RunDescription, describe_run, read_lines, whole_number
 
 CURVES_FILE = "curves.png"
 _HEAD = 13

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from crystallm_jax.errors import DataError
-from crystallm_jax.training.runfolder import RunDescription
+from crystallm_jax.train_run.status import RunDescription
 
 # More points than a curve is wide in pixels are averaged.
 _MOST_POINTS = 600

@@ -213,9 +213,9 @@ def _system_prompts(arguments: argparse.Namespace, block_size: Callable[[], int]
 
 
 def _block_size(model: str) -> int:
-    from crystallm_jax.training.load import load_weights  # noqa: PLC0415 - JAX
+    from crystallm_jax.models.kinds import read_model  # noqa: PLC0415 - JAX
 
-    return load_weights(model).config.block_size
+    return read_model(model).config.block_size
 
 
 def positive(text: str) -> int:

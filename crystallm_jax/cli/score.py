@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
         CrystallmError: the model or an input cannot be read, or the table cannot be written.
     """
     from crystallm_jax.api import load_model  # noqa: PLC0415  JAX is not loaded for --help
-    from crystallm_jax.convert.new_folder import new_file  # noqa: PLC0415
     from crystallm_jax.data.preparing.inputs import Inputs  # noqa: PLC0415
+    from crystallm_jax.models.new_folder import new_file  # noqa: PLC0415
 
     inputs = [(path, Inputs(([path],))) for path in arguments.inputs]
     model = load_model(arguments.model, dtype=arguments.dtype)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.convert.names import parameter_table
 from crystallm_jax.errors import ModelError, SamplingError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.published_names import parameter_table
 
 
 @dataclass(frozen=True, eq=False)

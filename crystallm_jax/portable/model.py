@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.npz import Storage, read_npz, write_npz
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import SamplingError
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.npz import StoredType, read_npz, write_npz
 from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt
 from crystallm_jax.portable.network import Network, prepare, whole_logits
 from crystallm_jax.portable.sampling import Completion, Request, complete
@@ -109,7 +109,7 @@ def load_numpy(path: str | Path) -> NumpyModel:
     return NumpyModel(config, weights.params, str(path))
 
 
-def save_numpy(model: LoadedModel, path: str | Path, *, dtype: Storage = "float32") -> None:
+def save_numpy(model: LoadedModel, path: str | Path, *, dtype: StoredType = "float32") -> None:
     """Write a model as an `.npz` file for `load_numpy`.
 
     Args:
@@ -120,4 +120,4 @@ def save_numpy(model: LoadedModel, path: str | Path, *, dtype: Storage = "float3
     Raises:
         ModelError: it cannot be written.
     """
-    write_npz(path, Weights(model.config, model.params), dtype=dtype)
+    write_npz(path, Model(model.config, model.params), dtype=dtype)

@@ -7,12 +7,10 @@ over for the one before.
 """
 
 import contextlib
-import json
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -20,19 +18,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
-from crystallm_jax.convert.orbax_params import UNREADABLE, read_arrays
 from crystallm_jax.errors import ModelError
-from crystallm_jax.training.integrity import find_damage, write_checksums
+from crystallm_jax.models.checkpoints import DESCRIPTION, STATE, SavedCheckpoints, first_line
+from crystallm_jax.train_run.checksums import UNREADABLE, write_checksums
 from crystallm_jax.training.sharding import path_name
 from crystallm_jax.training.step import TrainState
-
-_LONGEST_REASON = 500
-_STATE = "state"
-# Where orbax keeps what is saved as JSON, in a folder named as the item.
-_JSON_FILE = "metadata"
-
-logger = logging.getLogger(__name__)
-Read = TypeVar("Read")
 
 
 class Restored(NamedTuple):
@@ -44,16 +34,8 @@ class Restored(NamedTuple):
     description: dict[str, Any]
 
 
-class SavedArrays(NamedTuple):
-    """Some of a checkpoint's arrays on the host, in nested dicts named as the fields of `TrainState`."""
-
-    step: int
-    arrays: dict[str, Any]
-    description: dict[str, Any]
-
-
-class Checkpoints:
-    """The checkpoints of one run folder; a context manager that waits for what is being written.
+class Checkpoints(SavedCheckpoints):
+    """The checkpoints of one run folder, written and restored; a context manager that waits for what is being written.
 
     Args:
         folder: where they are kept, one subfolder a step.
@@ -62,9 +44,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
-        self.folder = folder.absolute()
+        super().__init__(folder)
         self._writes = keep is not None
-        self._found: dict[int, str | None] = {}
         self._best = _BestByLoss()
         self._saving = 0
         try:
@@ -78,9 +59,9 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.folder,
             item_handlers={
-                _STATE: ocp.StandardCheckpointHandler(),
+                STATE: ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
-                "description": ocp.JsonCheckpointHandler(),
+                DESCRIPTION: ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
@@ -159,31 +140,6 @@ class Checkpoints:
         """
         self._guarded(self._manager.wait_until_finished)
 
-    def describe(self, step: int | None = None) -> dict[str, Any]:
-        """The description of a checkpoint (the newest intact one by default), without its arrays.
-
-        Raises:
-            ModelError: there is none, or the one asked for is damaged.
-        """
-        return self._intact(self._description, step)
-
-    def read(self, wanted: Callable[[tuple[str, ...]], bool], step: int | None = None) -> SavedArrays:
-        """Read some arrays of a checkpoint (the newest intact one by default) to the host, whatever their layout.
-
-        Args:
-            wanted: of the path of an array, such as `("params", "wte", "embedding")`.
-            step: of the checkpoint.
-
-        Raises:
-            ModelError: there is none, or the one asked for is damaged.
-        """
-
-        def found(candidate: int) -> SavedArrays:
-            arrays = read_arrays(self.folder / str(candidate) / _STATE, wanted)
-            return SavedArrays(candidate, arrays, self._description(candidate))
-
-        return self._intact(found, step)
-
     def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
         """Read a checkpoint (the newest intact one by default) straight into the shardings of `abstract`.
 
@@ -192,14 +148,14 @@ class Checkpoints:
         Raises:
             ModelError: there is none, the one asked for is damaged, or its arrays have other shapes.
         """
-        restored = self._intact(lambda candidate: self._restored(abstract, candidate), step)
+        restored = self.intact(lambda candidate: self._restored(abstract, candidate), step)
         if self._writes:
             self._set_aside(restored.step)
         return restored
 
     def _restored(self, abstract: TrainState, step: int) -> Restored:
         # Compared first: a read that fails half-way leaves others of it running.
-        _check_shapes(self._manager.item_metadata(step)[_STATE], abstract, self.folder / str(step))
+        _check_shapes(self._manager.item_metadata(step)[STATE], abstract, self.folder / str(step))
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -210,61 +166,29 @@ class Checkpoints:
         )
         return Restored(step, items.state, items.data, items.description)
 
-    def _description(self, step: int) -> dict[str, Any]:
-        return dict(json.loads((self.folder / str(step) / "description" / _JSON_FILE).read_bytes()))
-
-    def _intact(self, read: Callable[[int], Read], step: int | None) -> Read:
-        """What is read of a checkpoint, or of the newest one that is intact; says which were passed over."""
-        steps = self._existing(step)
-        told = len([found for found in self._found.values() if found])
-        for candidate in steps:
-            try:
-                if (damage := self._damage(candidate)) is None:
-                    result = read(candidate)
-                    break
-            except Exception as error:
-                if not _tells_of_damage(error):
-                    raise
-                damage = self._found[candidate] = f"cannot be restored: {_first_line(error)}"
-        else:
-            damage = self._found[steps[0]]
-            raise ModelError(
-                f"{self.folder / str(steps[0])}: damaged: {damage}; "
-                + (
-                    "no other is intact either: begin anew in another out_dir"
-                    if step is None
-                    else "take another"
-                )
-            )
-        passed = {number: found for number, found in self._found.items() if found and number > candidate}
-        if step is None and len(passed) > told:
-            what = "; ".join(f"step {number}: {found}" for number, found in passed.items())
-            logger.warning("%s: damaged (%s): step %d is taken", self.folder, what, candidate)
-        return result
-
     def _sum_up(self) -> None:
         """Sum up a checkpoint that is written, before it gets its name; run by one process, behind the training."""
         for folder in self.folder.glob(f"{self._saving}.*tmp*"):
             write_checksums(folder)
 
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint: read by one process, once, and told to all."""
-        if step not in self._found:
-            damage = find_damage(self.folder / str(step)) if jax.process_index() == 0 else None
+    def find_damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint: looked for by one process, once, and told to all."""
+        if step not in self.damage:
+            damage = super().find_damage(step) if jax.process_index() == 0 else None
             if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(damage is not None)):
                 damage = damage or "its files have changed since they were written"
-            self._found[step] = damage
-        return self._found[step]
+            self.damage[step] = damage
+        return self.damage[step]
 
     def _set_aside(self, step: int) -> None:
         """Rename the damaged checkpoints after a step: the run will write those steps anew."""
-        damaged = [number for number, found in self._found.items() if found and number > step]
+        damaged = [number for number, found in self.damage.items() if found and number > step]
         for number in damaged:
             if jax.process_index() == 0:
                 names = (f"{number}.damaged{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 100))))
                 free = next(path for path in map(self.folder.joinpath, names) if not path.exists())
                 (self.folder / str(number)).rename(free)
-            del self._found[number]
+            del self.damage[number]
         if damaged:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints are set aside")
@@ -273,17 +197,10 @@ class Checkpoints:
     def _losses(self) -> dict[int, float]:
         """Validation losses by step, of the checkpoints that are there and can be read."""
         losses = {}
-        for step in self._manager.all_steps():
+        for step in self.steps():
             with contextlib.suppress(*UNREADABLE):
-                losses[step] = float(self._description(step)["val_loss"])
+                losses[step] = float(self.description(step)["val_loss"])
         return losses
-
-    def _existing(self, step: int | None) -> list[int]:
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if not steps or (step is not None and step not in steps):
-            wanted = "" if step is None else f" of step {step}"
-            raise ModelError(f"{self.folder}: no complete checkpoint{wanted}; start with init_from=scratch")
-        return steps if step is None else [step]
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         try:
@@ -299,7 +216,7 @@ class Checkpoints:
                 else f"the checkpoint of step {newest} is intact: make room and go on with init_from=resume"
             )
             raise ModelError(
-                f"{self.folder}: a checkpoint could not be written ({_first_line(error)}); {kept}"
+                f"{self.folder}: a checkpoint could not be written ({first_line(error)}); {kept}"
             ) from None
 
 
@@ -320,12 +237,6 @@ class _BestByLoss(PreservationPolicy):
         return [info.step == best for info in checkpoints]
 
 
-def _tells_of_damage(error: Exception) -> bool:
-    """Whether a read failed for what is on disk; what the store finds amiss comes as a plain Exception."""
-    unreadable = isinstance(error, UNREADABLE) or type(error) is Exception
-    return unreadable and not isinstance(error, ModelError)
-
-
 def _check_shapes(saved: Any, wanted: Any, place: Path) -> None:
     """Refuse a checkpoint whose arrays are not those that are asked for."""
     if saved is None:
@@ -343,11 +254,3 @@ def _check_shapes(saved: Any, wanted: Any, place: Path) -> None:
             f"{place}: cannot be restored: it holds {extra[0]}, which this configuration has not: set ema_decay and"
             " optimizer as they were"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong, without the description of the store that tensorstore appends."""
-    line = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-    for description in (" [tensorstore_spec", " See full TensorStore"):
-        line = line.split(description, 1)[0]
-    return line[:_LONGEST_REASON]

@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from crystallm_jax.errors import ConfigError, CrystallmError
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.cluster import Plan, find_machine, make_plan
-from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.stop import EXIT_AGAIN, TrainingStoppedError
 
 # Seconds: until all must have come, until one that no longer answers is given up (and the others with it), and how

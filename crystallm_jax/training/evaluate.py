@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.data.rows import Rows, evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.models.model import Model
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.distributed import Share, sum_of_all
 from crystallm_jax.training.step import CompiledSteps, batch_loss
 
@@ -81,7 +81,7 @@ class FilesLoss(NamedTuple):
 
 
 def loss_of_files(
-    weights: Weights, store: TokenStore, *, batch_size: int = 4, first: int | None = None
+    weights: Model, store: TokenStore, *, batch_size: int = 4, first: int | None = None
 ) -> FilesLoss:
     """The mean loss of the files of a set, each read alone from position 0, as sampling reads them.
 

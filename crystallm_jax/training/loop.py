@@ -18,10 +18,12 @@ from crystallm_jax.data.feed import Feed, open_feed
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import ModelConfig, count_params
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.lock import sole_run
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.batches import PlacedBatches
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.compiler import use_compilation_cache
-from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.distributed import (
     LateMaximum,
     Share,
@@ -33,9 +35,7 @@ from crystallm_jax.training.distributed import (
 )
 from crystallm_jax.training.early import Patience
 from crystallm_jax.training.evaluate import Evaluator
-from crystallm_jax.training.lock import sole_run
 from crystallm_jax.training.nonfinite import NonFiniteSteps
-from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.runlog import RunLog, describe
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.start import start

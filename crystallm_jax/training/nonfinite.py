@@ -10,7 +10,7 @@ import numpy as np
 
 from crystallm_jax.data.feed import Feed
 from crystallm_jax.errors import DataError, ModelError
-from crystallm_jax.training.config import TrainConfig
+from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.step import StepMetrics
 
 # Steps of which a line tells and whose records are written out; those after them are only counted.

@@ -5,16 +5,18 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crystallm_jax.convert.sources import locate
 from crystallm_jax.data.feed import Feed
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model import ModelConfig
+from crystallm_jax.models.crop import crop_block_size, crop_training
+from crystallm_jax.models.kinds import read_model, read_training
+from crystallm_jax.models.locate import locate
+from crystallm_jax.models.runs import run_of
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.metrics import METRICS_FILE
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import crop_block_size, found_run, load_weights
-from crystallm_jax.training.metrics import METRICS_FILE
-from crystallm_jax.training.moments import crop_training, load_training, moved_state
-from crystallm_jax.training.runfolder import CHECKPOINTS_FOLDER
+from crystallm_jax.training.moments import moved_state
 from crystallm_jax.training.step import CompiledSteps, TrainState, initial_state
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def start(
         return Start(initial_state(config, model_config, steps), 0)
     if config.init_state == "all":
         return _moved(config, model_config, steps, feed)
-    weights = crop_block_size(load_weights(config.init_from), config.block_size, place=config.init_from)
+    weights = crop_block_size(read_model(config.init_from), config.block_size, place=config.init_from)
     _check_shape(dataclasses.asdict(model_config), dataclasses.asdict(weights.config), config.init_from)
     return Start(initial_state(config, model_config, steps, weights.params), 0)
 
@@ -89,7 +91,7 @@ def _branched(config: TrainConfig, model_config: ModelConfig, steps: CompiledSte
 
     AdamW's moments can be cropped and stacked otherwise; Muon's are taken as they are.
     """
-    found = found_run(locate(config.init_from))
+    found = run_of(locate(config.init_from))
     if found is None:
         return None
     with Checkpoints(found.folder / CHECKPOINTS_FOLDER) as theirs:
@@ -107,7 +109,7 @@ def _branched(config: TrainConfig, model_config: ModelConfig, steps: CompiledSte
 
 def _converted(config: TrainConfig, model_config: ModelConfig, steps: CompiledSteps) -> TrainState:
     """A state around the parameters and moments of any model that has them, cropped and stacked as is asked."""
-    weights = crop_training(load_training(config.init_from), config.block_size, place=config.init_from)
+    weights = crop_training(read_training(config.init_from), config.block_size, place=config.init_from)
     _check_shape(dataclasses.asdict(model_config), dataclasses.asdict(weights.config), config.init_from)
     return moved_state(config, steps, weights, place=config.init_from)
 

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.arrange import flattened
-from crystallm_jax.convert.card import ModelCard, damage_of
-from crystallm_jax.convert.detect import kind_of_file, kind_of_folder
-from crystallm_jax.convert.folder import MOMENTS_FILE
 from crystallm_jax.errors import CrystallmError
-from crystallm_jax.exchange.provenance import card_of
-from crystallm_jax.training.load import load_weights
-from crystallm_jax.training.runfolder import is_checkpoint
+from crystallm_jax.models.card import ModelCard, damage_of
+from crystallm_jax.models.detect import kind_of
+from crystallm_jax.models.folder import MOMENTS_FILE
+from crystallm_jax.models.kinds import card_of, read_model
+from crystallm_jax.models.parameters import flattened
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class ModelDescription:
 
     Attributes:
         path: of the file or folder.
-        kind: as `convert.detect` has it, or `checkpoint`, one of a run's.
+        kind: as `models.detect` has it.
         config: the shape; empty where the model cannot be read.
         parameters: how many, the tied head counted once.
         step: optimiser steps taken; None where it is not known.
@@ -74,7 +72,7 @@ def describe_model(path: Path, *, verify: bool = True) -> ModelDescription:
         problems.append(str(error))
     known: dict[str, Any] = {}
     try:
-        weights = load_weights(path)
+        weights = read_model(path)
         known["config"] = asdict(weights.config)
         known["parameters"] = int(sum(np.size(leaf) for leaf in flattened(weights.params).values()))
         if weights.training is not None:
@@ -89,7 +87,7 @@ def describe_model(path: Path, *, verify: bool = True) -> ModelDescription:
             problems.append(str(error))
     return ModelDescription(
         path=str(path),
-        kind=_kind(path),
+        kind=kind_of(path) or "none",
         keeps_moments=(path / MOMENTS_FILE).is_file(),
         license=card.license,
         data=card.data,
@@ -101,9 +99,3 @@ def describe_model(path: Path, *, verify: bool = True) -> ModelDescription:
         problems=tuple(problems),
         **known,
     )
-
-
-def _kind(path: Path) -> str:
-    if is_checkpoint(path):
-        return "checkpoint"
-    return kind_of_file(path) if path.is_file() else kind_of_folder(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.new_folder import new_file
+from crystallm_jax.models.new_folder import new_file
 
 # Of the members' beginnings, as torch.save has it, so that they can be mapped into memory.
 _ALIGNMENT = 64

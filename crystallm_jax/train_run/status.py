@@ -1,4 +1,4 @@
-"""A run folder as it lies on disk: its names, and what can be told of the run without JAX, while it runs too."""
+"""What can be told of a run without JAX, while it runs too."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from crystallm_jax.data.store import SPLITS
 from crystallm_jax.errors import DataError
-from crystallm_jax.training.metrics import METRICS_FILE, read_metrics
+from crystallm_jax.train_run.metrics import METRICS_FILE, read_metrics
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE, saved_steps
 
-CHECKPOINTS_FOLDER = "checkpoints"
-CONFIG_FILE = "config.yaml"
 # Lines over which the training loss is averaged: a single step's is noisy.
 _AVERAGED = 50
 
@@ -78,28 +76,6 @@ class RunDescription:
     checkpoints: tuple[int, ...]
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is one of a run's checkpoints."""
-    return path.parent.name == CHECKPOINTS_FOLDER and path.name.isdecimal() and path.is_dir()
-
-
-def is_run(folder: Path) -> bool:
-    """Whether this is a folder that `crystallm train` wrote to.
-
-    Raises:
-        DataError: it may not be looked into.
-    """
-    parts = (METRICS_FILE, CHECKPOINTS_FOLDER)
-    try:
-        return (
-            (folder / CONFIG_FILE).is_file()
-            and any((folder / part).exists() for part in parts)
-            and not any((folder / f"{split}.bin").is_file() for split in SPLITS)
-        )
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
-
-
 def read_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; none where it has no such file yet.
 
@@ -157,7 +133,7 @@ def describe_run(folder: Path, lines: Sequence[Mapping[str, Any]]) -> RunDescrip
         memory_peak_bytes=int(max(peaks)) if peaks else None,
         skipped=int(last.get("skipped") or 0),
         elapsed_s=last.get("elapsed_s"),
-        checkpoints=_checkpoints(folder / CHECKPOINTS_FOLDER),
+        checkpoints=saved_steps(folder / CHECKPOINTS_FOLDER),
     )
 
 
@@ -174,15 +150,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 def whole_number(value: Any) -> int:
     """A count from a file that people may edit; 0 where there is none."""
     return value if type(value) is int else 0
-
-
-def _checkpoints(folder: Path) -> tuple[int, ...]:
-    """Steps of the complete ones: those being written have longer names."""
-    try:
-        found = list(folder.iterdir()) if folder.is_dir() else []
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
-    return tuple(sorted(int(path.name) for path in found if path.name.isdecimal()))
 
 
 def _written(path: Path) -> str:

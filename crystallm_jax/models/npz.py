@@ -36,15 +36,15 @@ from typing import IO, Any, Literal, Union, cast, get_args, get_origin, get_type
 import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS
-from crystallm_jax.convert.arrange import named_arrays, params_from_named
-from crystallm_jax.convert.names import parameter_table
-from crystallm_jax.convert.new_folder import new_file
-from crystallm_jax.convert.vocabulary import check_tokens
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.models.parameters import named_arrays, params_from_named
+from crystallm_jax.models.published_names import parameter_table
+from crystallm_jax.models.tokens import check_tokens
 
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
+StoredType = Literal["float32", "float16", "bfloat16", "int8"]
 
 FORMAT = 1
 SCALE_SUFFIX = ".int8_scale"
@@ -92,7 +92,7 @@ _DAMAGE = (
 )
 
 
-def write_npz(path: str | Path, weights: Weights, *, dtype: Storage = "float32") -> None:
+def write_npz(path: str | Path, weights: Model, *, dtype: StoredType = "float32") -> None:
     """Write a model as one file; it appears under its name when it is complete.
 
     Args:
@@ -122,7 +122,7 @@ def write_npz(path: str | Path, weights: Weights, *, dtype: Storage = "float32")
                 np.lib.format.write_array(member, value, allow_pickle=False)
 
 
-def read_npz(path: str | Path) -> Weights:
+def read_npz(path: str | Path) -> Model:
     """Read a model that `write_npz` wrote; every tensor is checked by name, type and shape before it is unpacked.
 
     Raises:
@@ -144,7 +144,7 @@ def read_npz(path: str | Path) -> Weights:
         raise ModelError(f"{path}: not a model in an .npz file, or a damaged one: {reason}") from None
 
 
-def packed(name: str, value: np.ndarray, storage: Storage) -> dict[str, np.ndarray]:
+def packed(name: str, value: np.ndarray, storage: StoredType) -> dict[str, np.ndarray]:
     """A float32 parameter as it is kept, by the names of its members."""
     kept_as = _kept_as(name, value.ndim, storage)
     if kept_as == "float32":
@@ -172,7 +172,7 @@ def unpacked(name: str, stored: Mapping[str, np.ndarray]) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def _kept_as(name: str, axes: int, storage: Storage) -> Storage:
+def _kept_as(name: str, axes: int, storage: StoredType) -> StoredType:
     """How a parameter is kept in a file of such a storage.
 
     Embeddings in int8 would double what the logits lose: that of the tokens is the head too.
@@ -182,7 +182,7 @@ def _kept_as(name: str, axes: int, storage: Storage) -> Storage:
     return "float16" if storage == "int8" and name.endswith(".embedding") else storage
 
 
-def _described(config: ModelConfig, storage: Storage) -> dict[str, np.ndarray]:
+def _described(config: ModelConfig, storage: StoredType) -> dict[str, np.ndarray]:
     shape = {key: getattr(config, key) for key in _CONFIG_KEYS}
     arrays = {
         "format": np.array(FORMAT, "<i8"),
@@ -192,7 +192,7 @@ def _described(config: ModelConfig, storage: Storage) -> dict[str, np.ndarray]:
     return arrays | ({_VOCABULARY: np.array(TOKENS)} if config.vocab_size == len(TOKENS) else {})
 
 
-def _read(archive: zipfile.ZipFile, path: Path) -> Weights:
+def _read(archive: zipfile.ZipFile, path: Path) -> Model:
     members = _members(archive, path)
     for name in _DESCRIPTION:
         if name not in members:
@@ -223,7 +223,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Weights:
         wanted = (name, name + SCALE_SUFFIX)
         stored = {one: _array(archive, members[one]) for one in wanted if one in expected}
         named[name] = unpacked(name, stored)
-    return Weights(config, params_from_named(named, config, place=str(path)))
+    return Model(config, params_from_named(named, config, place=str(path)))
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -244,7 +244,7 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
     return members
 
 
-def _expected(config: ModelConfig, storage: Storage) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+def _expected(config: ModelConfig, storage: StoredType) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Type and shape of every member that holds parameters."""
     expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     for entry in parameter_table(config).values():
@@ -306,10 +306,10 @@ def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
     return str(_small(archive, info))
 
 
-def _storage(text: str, path: Path) -> Storage:
-    for known in get_args(Storage):
+def _storage(text: str, path: Path) -> StoredType:
+    for known in get_args(StoredType):
         if text == known:
-            return cast("Storage", known)
+            return cast("StoredType", known)
     raise ModelError(f"{path}: its storage is {text!r}; known are {', '.join(_STORED_AS)}")
 
 

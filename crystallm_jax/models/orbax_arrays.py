@@ -9,10 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from crystallm_jax.errors import ModelError
+from crystallm_jax.train_run.checksums import UNREADABLE
 
 _COMMITTED = "commit_success.txt"
-# What reading a damaged file ends in, in orbax, in tensorstore below it, or here.
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError)
 
 
 def read_arrays(folder: Path, wanted: Callable[[tuple[str, ...]], bool]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crystallm_jax.convert.arrange import params_from_tensors, published_arrays
-from crystallm_jax.convert.moments import optimizer_state, read_count, read_moments
-from crystallm_jax.convert.torch_file import StoredTensor, open_torch_file
-from crystallm_jax.convert.torch_write import write_torch_file
-from crystallm_jax.convert.weights import Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.model import Model, Training
+from crystallm_jax.models.parameters import params_from_tensors, published_arrays
+from crystallm_jax.models.published_optimizer import optimizer_state, read_count, read_moments
+from crystallm_jax.models.torch_file import StoredTensor, open_torch_file
+from crystallm_jax.models.torch_write import write_torch_file
 
 # What compiled models and those trained by several processes put before every name.
 _WRAPPERS = ("_orig_mod.", "module.")
@@ -63,7 +63,7 @@ PUBLISHED_DEFAULTS: Mapping[str, Any] = {
 """The settings that the published training code knows, and what it takes where none is given."""
 
 
-def read_published(path: str | Path) -> Weights:
+def read_published(path: str | Path) -> Model:
     """Read a published `ckpt.pt` but for the optimiser's moments, which are left on disk, unseen.
 
     Raises:
@@ -74,7 +74,7 @@ def read_published(path: str | Path) -> Weights:
         return _read_weights(saved, path)
 
 
-def read_published_training(path: str | Path) -> Weights:
+def read_published_training(path: str | Path) -> Model:
     """Read a published `ckpt.pt` with the optimiser's moments; None where it has made no update yet.
 
     Raises:
@@ -86,7 +86,7 @@ def read_published_training(path: str | Path) -> Weights:
         return replace(weights, training=replace(weights.training or Training(0), moments=moments))
 
 
-def write_published(path: str | Path, weights: Weights) -> None:
+def write_published(path: str | Path, weights: Model) -> None:
     """Write a `ckpt.pt` that the published code loads, samples from and resumes.
 
     Of the settings those are written that the published code knows; the others are left out, and it takes its defaults
@@ -128,7 +128,7 @@ def write_published(path: str | Path, weights: Weights) -> None:
     )
 
 
-def _read_weights(saved: Any, path: str | Path) -> Weights:
+def _read_weights(saved: Any, path: str | Path) -> Model:
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
         raise ModelError(f"{path}: not a published checkpoint: it has no `model` and `model_args`")
     if not isinstance(saved["model"], dict):
@@ -149,7 +149,7 @@ def _read_weights(saved: Any, path: str | Path) -> Weights:
     if head != tensors[_EMBEDDING] and not _equals(head, params["wte"]["embedding"]):
         raise ModelError(f"{path}: its output layer is not its token embedding; only tied models are known")
     step = read_count(saved.get("iter_num", 0), f"{path}: its iter_num")
-    return Weights(config, params, Training(step, _best_loss(saved), _settings(saved)))
+    return Model(config, params, Training(step, _best_loss(saved), _settings(saved)))
 
 
 def _unwrapped(model: Mapping[Any, Any], path: str | Path) -> dict[str, Any]:

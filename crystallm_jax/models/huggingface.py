@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS, UNK_TOKEN
-from crystallm_jax.convert.arrange import named_arrays, nested, parameter_value
-from crystallm_jax.convert.folder import FloatType
-from crystallm_jax.convert.hf_tokenizer import read_json, read_vocabulary, rows_of_tokens, tokenizer_files
-from crystallm_jax.convert.names import ParameterEntry, parameter_table
-from crystallm_jax.convert.new_folder import new_folder
-from crystallm_jax.convert.tensors import read_tensors, write_tensors
-from crystallm_jax.convert.torch_file import read_torch_file
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import DType, ModelConfig
+from crystallm_jax.models.folder import FloatType
+from crystallm_jax.models.hf_tokenizer import read_json, read_vocabulary, rows_of_tokens, tokenizer_files
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.new_folder import new_folder
+from crystallm_jax.models.parameters import named_arrays, nested, parameter_value
+from crystallm_jax.models.published_names import ParameterEntry, parameter_table
+from crystallm_jax.models.tensors import read_tensors, write_tensors
+from crystallm_jax.models.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ _HUB_HEAD = "library_name: transformers\npipeline_tag: text-generation\ntags:\n-
 _LICENCE = re.compile(r"^license: *\S+\n", re.MULTILINE)
 
 
-def write_huggingface(path: str | Path, weights: Weights, *, card: str, dtype: FloatType = "float32") -> None:
+def write_huggingface(path: str | Path, weights: Model, *, card: str, dtype: FloatType = "float32") -> None:
     """Write a folder that `transformers` loads; it appears under its name when it is complete.
 
     Args:
@@ -173,7 +173,7 @@ def _readme(card: str, block_size: int) -> str:
     return f"{_FENCE}{licence[0] if licence else ''}{_HUB_HEAD}{_FENCE}\n{text.strip()}\n\n{use}"
 
 
-def _tensors_of(weights: Weights, dtype: FloatType, *, place: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors_of(weights: Model, dtype: FloatType, *, place: str) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors under their names in `transformers`; zeros for biases that the model does not have."""
     named = named_arrays(weights.params, weights.config)
     for name, entry in _table(weights.config).items():
@@ -192,7 +192,7 @@ def _table(config: ModelConfig) -> dict[str, ParameterEntry]:
     return parameter_table(replace(config, bias=True))
 
 
-def read_huggingface(path: str | Path) -> Weights:
+def read_huggingface(path: str | Path) -> Model:
     """Read a GPT-2 of Hugging Face's whose vocabulary holds this package's; every tensor is checked by name and shape.
 
     Its embeddings are brought into the order of this package's tokens.
@@ -224,7 +224,7 @@ def read_huggingface(path: str | Path) -> Weights:
     bias = _has_bias(settings, named, place)
     config = replace(shape, vocab_size=len(rows), bias=bias, dtype=_arithmetic(settings))
     params = nested({name: value for name, value in named.items() if bias or not name.endswith(".bias")})
-    return Weights(config, params)
+    return Model(config, params)
 
 
 def _shape_in(settings: Mapping[str, Any], place: str) -> ModelConfig:

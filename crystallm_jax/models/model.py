@@ -42,7 +42,7 @@ class Training:
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
+class Model:
     """A model: its shape and its parameters on the host.
 
     Attributes:

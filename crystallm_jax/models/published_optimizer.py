@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.arrange import params_from_tensors, published_arrays
-from crystallm_jax.convert.names import optimizer_order
-from crystallm_jax.convert.torch_file import StoredTensor
-from crystallm_jax.convert.weights import Moments
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.model import Moments
+from crystallm_jax.models.parameters import params_from_tensors, published_arrays
+from crystallm_jax.models.published_names import optimizer_order
+from crystallm_jax.models.torch_file import StoredTensor
 
 # Counts of updates are kept as int32.
 LARGEST_COUNT = 2**31 - 1

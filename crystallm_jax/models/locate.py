@@ -7,13 +7,13 @@ from pathlib import Path
 
 from crystallm_jax.artifacts import cache_folder, checkpoint_of, converted_folder, fetch, model_archives
 from crystallm_jax.artifacts.table import RECORD
-from crystallm_jax.convert.card import ModelCard
-from crystallm_jax.convert.detect import kind_of_folder
-from crystallm_jax.convert.folder import WEIGHTS_FILE, is_folder, write_folder
-from crystallm_jax.convert.hub import fetch_hub
-from crystallm_jax.convert.published import read_published
-from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ModelError
+from crystallm_jax.models.card import ModelCard
+from crystallm_jax.models.detect import kind_of
+from crystallm_jax.models.folder import WEIGHTS_FILE, is_folder, write_folder
+from crystallm_jax.models.hub import fetch_hub
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.published import read_published
 
 DEFAULT_NAME = "default"
 """The name of the model in the package."""
@@ -54,11 +54,8 @@ def locate(path_or_name: str | Path) -> Path:
 
 
 def _parameters_folder(path: Path) -> Path:
-    try:
-        alone = not path.is_file() or path.name != WEIGHTS_FILE or kind_of_folder(path.parent) == "none"
-    except OSError as error:  # a name that no file can have, or a folder that may not be looked into
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    return path if alone else path.parent
+    within = path.name == WEIGHTS_FILE and kind_of(path) and kind_of(path.parent) in ("folder", "huggingface")
+    return path.parent if within else path
 
 
 def _published_model(name: str) -> Path:
@@ -83,7 +80,7 @@ def _published_model(name: str) -> Path:
     return folder
 
 
-def read_archive(archive: Path, read: Callable[[Path], Weights] = read_published) -> Weights:
+def read_archive(archive: Path, read: Callable[[Path], Model] = read_published) -> Model:
     """Read a published model's archive: the `ckpt.pt` in it.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a model card can say of a model without being told: from its folder's card, or from its run."""
+"""What a model card can say of a run without being told."""
 
 import shlex
 from collections.abc import Iterator
@@ -6,15 +6,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from crystallm_jax.config import load_config
-from crystallm_jax.convert.card import ModelCard, read_card
-from crystallm_jax.convert.detect import kind_of_folder
-from crystallm_jax.convert.sources import bare_name
 from crystallm_jax.data.store import read_header
 from crystallm_jax.errors import CrystallmError, DataError
-from crystallm_jax.training.config import TrainConfig
-from crystallm_jax.training.load import run_of
-from crystallm_jax.training.metrics import METRICS_FILE, read_metrics
-from crystallm_jax.training.runfolder import CONFIG_FILE
+from crystallm_jax.models.card import ModelCard
+from crystallm_jax.models.locate import bare_name
+from crystallm_jax.models.runs import run_of
+from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.metrics import METRICS_FILE, read_metrics
+from crystallm_jax.train_run.names import CONFIG_FILE
 
 # Of where and how a run was carried out, not of what it is.
 _OF_THE_MACHINE = {
@@ -36,20 +35,18 @@ _OF_THE_MACHINE = {
 _FIGURES = ("val_loss", "train_loss", "valid_share")
 
 
-def card_of(path: Path) -> ModelCard:
-    """The card of a model folder, or one made of what a run says of itself; an empty one of other files.
+def card_of_run(path: Path) -> ModelCard:
+    """A card made of what a run says of itself.
 
     Args:
-        path: a file, a model folder, a run folder, or one of a run's checkpoints.
+        path: a run folder, or one of a run's checkpoints.
 
     Raises:
-        CrystallmError: a card or configuration that cannot be read.
+        CrystallmError: a configuration that cannot be read.
     """
-    if path.is_file() or kind_of_folder(path) == "huggingface":
-        return ModelCard()
-    if kind_of_folder(path) == "folder":
-        return read_card(path)
     run = run_of(path)
+    if run is None:
+        return ModelCard()
     config = load_config(TrainConfig, run.folder / CONFIG_FILE)
     return ModelCard(
         data=_data(config.dataset),

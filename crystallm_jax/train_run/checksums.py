@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS_FILE = "checksums.json"
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError)
+"""What reading a damaged checkpoint ends in, in orbax, in tensorstore below it, or here."""
 # The time of completion is written into it last; nothing of it is needed to restore.
 _LEFT_OUT = "_CHECKPOINT_METADATA"
 _PIECE = 1 << 20

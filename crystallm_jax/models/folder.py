@@ -23,15 +23,15 @@ import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.config import load_config, to_yaml
-from crystallm_jax.convert.arrange import flattened, named_arrays, nested, params_from_named
-from crystallm_jax.convert.card import CARD_FILE, FOLDER_FORMAT, ModelCard, damage_of, read_card, with_hashes
-from crystallm_jax.convert.moments import read_count
-from crystallm_jax.convert.new_folder import new_folder
-from crystallm_jax.convert.tensors import read_tensors, write_tensors
-from crystallm_jax.convert.vocabulary import check_tokens
-from crystallm_jax.convert.weights import Moments, Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.card import CARD_FILE, FOLDER_FORMAT, ModelCard, damage_of, read_card, with_hashes
+from crystallm_jax.models.model import Model, Moments, Training
+from crystallm_jax.models.new_folder import new_folder
+from crystallm_jax.models.parameters import flattened, named_arrays, nested, params_from_named
+from crystallm_jax.models.published_optimizer import read_count
+from crystallm_jax.models.tensors import read_tensors, write_tensors
+from crystallm_jax.models.tokens import check_tokens
 
 WEIGHTS_FILE = "model.safetensors"
 PARAMS_FOLDER = "params"
@@ -52,7 +52,7 @@ def is_folder(path: Path) -> bool:
     )
 
 
-def read_folder(path: str | Path) -> Weights:
+def read_folder(path: str | Path) -> Model:
     """Read a model folder without the optimiser's moments; every tensor is checked by name, shape and hash.
 
     Raises:
@@ -74,7 +74,7 @@ def read_folder(path: str | Path) -> Weights:
         if name == WEIGHTS_FILE or name.startswith(f"{PARAMS_FOLDER}/"):
             _check_hash(path, card, name)
     if (path / PARAMS_FOLDER).is_dir() and not (path / WEIGHTS_FILE).exists():
-        from crystallm_jax.convert.orbax_params import read_params  # noqa: PLC0415  JAX, for these folders alone
+        from crystallm_jax.models.orbax_arrays import read_params  # noqa: PLC0415  JAX, for these folders alone
 
         place = path / PARAMS_FOLDER
         named = flattened(read_params(place))
@@ -82,10 +82,10 @@ def read_folder(path: str | Path) -> Weights:
         place = path / WEIGHTS_FILE
         named = read_tensors(place)
     params = params_from_named(named, config, place=str(place))
-    return Weights(config, params, _training(path))
+    return Model(config, params, _training(path))
 
 
-def read_folder_training(path: str | Path) -> Weights:
+def read_folder_training(path: str | Path) -> Model:
     """Read a model folder, the optimiser's moments with it where it keeps them.
 
     Raises:
@@ -113,7 +113,7 @@ def read_folder_training(path: str | Path) -> Weights:
 
 def write_folder(
     path: str | Path,
-    weights: Weights,
+    weights: Model,
     *,
     card: ModelCard | None = None,
     dtype: FloatType = "float32",
@@ -154,7 +154,7 @@ def _write_params(
 ) -> None:
     stored = {name: np.ascontiguousarray(value, dtype) for name, value in named.items()}
     if storage == "orbax":
-        from crystallm_jax.convert.orbax_params import write_params  # noqa: PLC0415  JAX, for these folders alone
+        from crystallm_jax.models.orbax_arrays import write_params  # noqa: PLC0415  JAX, for these folders alone
 
         write_params(folder / PARAMS_FOLDER, nested(stored))
     else:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.convert.names import ParameterEntry, parameter_table
-from crystallm_jax.convert.torch_file import StoredTensor, stored_bytes
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model.config import ModelConfig
+from crystallm_jax.models.published_names import ParameterEntry, parameter_table
+from crystallm_jax.models.torch_file import StoredTensor, stored_bytes
 
 _STACKED = "h"
 FLOATS = ("float16", "bfloat16", "float32", "float64")

@@ -1,1 +1,0 @@
-"""Models in and out: from any format, a run among them, to any other, and what can be said of one."""
