@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist
 QUICK := imports config tokenizer occupations readers pickles frames selection store packing matching judging model \
 	checkpoint optimizer sampling
 
-.PHONY: demo test test-quick lint clean train-default ship-default
+.PHONY: demo test test-quick lint docs dist clean train-default ship-default
 
 # The demo needs what runs; the tests need their tools besides.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -22,6 +22,14 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.installed-tests: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[tests]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(VENV)/.installed-dist: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dist]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -45,5 +53,15 @@ test: lint
 test-quick: lint
 	$(PYTEST) $(QUICK:%=tests/test_%.py)
 
+# The pages of docs/, into site/; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+# The wheel is built from the source distribution, so that what is missing there shows.
+dist: $(VENV)/.installed-dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) demo_out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo_out build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "crystallm_jax"
-# As CONTRIBUTING.md has it.
+# As docs/architecture.md has it.
 ROOMS = (
     ("errors", "config", "processes", "lazy"),
     ("cif",),
