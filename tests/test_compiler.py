@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from crystallm_jax.training.compiler import (
+from crystallm_jax.model.compiler import (
     keep_programs,
     known_options,
     step_options,
@@ -79,7 +79,7 @@ def test_programs_are_kept_by_the_kind_of_processor(
 def test_a_second_start_compiles_nothing_and_two_at_once_share_the_folder(tmp_path: Path) -> None:
     code = (
         "import jax, jax.numpy as jnp\n"
-        "from crystallm_jax.training.compiler import keep_programs\n"
+        "from crystallm_jax.model.compiler import keep_programs\n"
         "keep_programs()\n"
         "found = []\n"
         "jax.monitoring.register_event_listener(lambda event, **_: found.append(event))\n"

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     from accelerator_shipment import open_shipment  # noqa: PLC0415
     from accelerator_training import train  # noqa: PLC0415
 
-    from crystallm_jax.training.compiler import use_compilation_cache  # noqa: PLC0415
+    from crystallm_jax.model.compiler import use_compilation_cache  # noqa: PLC0415
     from crystallm_jax.training.stop import EXIT_AGAIN  # noqa: PLC0415
 
     shipment = open_shipment(options.shipment, work)

@@ -159,9 +159,9 @@ def run(arguments: argparse.Namespace) -> int:
     _check_own_numbers(arguments, prompts)
 
     from crystallm_jax.api import load_model  # noqa: PLC0415 - JAX only once the prompts are good
+    from crystallm_jax.model.compiler import keep_programs  # noqa: PLC0415
     from crystallm_jax.results import ResultsFolder, sample_into  # noqa: PLC0415
     from crystallm_jax.sampling.devices import use_all_cores  # noqa: PLC0415
-    from crystallm_jax.training.compiler import keep_programs  # noqa: PLC0415
 
     request, target = _request(arguments), _target(arguments)
     use_all_cores(_rows(prompts, request, target))

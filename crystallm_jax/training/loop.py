@@ -18,12 +18,12 @@ from crystallm_jax.data.feed import Feed, open_feed
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import ModelConfig, count_params
+from crystallm_jax.model.compiler import use_compilation_cache
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.lock import sole_run
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
 from crystallm_jax.training.batches import PlacedBatches
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.compiler import use_compilation_cache
 from crystallm_jax.training.distributed import (
     LateMaximum,
     Share,
