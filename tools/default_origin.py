@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from crystallm_jax.convert.new_folder import new_file
 from crystallm_jax.convert.sources import bare_name, locate
 from crystallm_jax.errors import ModelError
 from crystallm_jax.exchange.provenance import card_of
+from crystallm_jax.files import new_file
 from crystallm_jax.training.load import found_run
 
 ORIGIN_FILE = "origin.json"
@@ -50,7 +50,7 @@ def write_origin(folder: Path, origin: Origin) -> None:
     Raises:
         ModelError: it cannot be written.
     """
-    with new_file(folder / ORIGIN_FILE) as partial:
+    with new_file(folder / ORIGIN_FILE, ModelError) as partial:
         partial.write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
 
 

@@ -26,11 +26,11 @@ from crystallm_jax.config import load_config, to_yaml
 from crystallm_jax.convert.arrange import flattened, named_arrays, nested, params_from_named
 from crystallm_jax.convert.card import CARD_FILE, FOLDER_FORMAT, ModelCard, damage_of, read_card, with_hashes
 from crystallm_jax.convert.moments import read_count
-from crystallm_jax.convert.new_folder import new_folder
 from crystallm_jax.convert.tensors import read_tensors, write_tensors
 from crystallm_jax.convert.vocabulary import check_tokens
 from crystallm_jax.convert.weights import Moments, Training, Weights
 from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.files import is_free, new_folder, write_errors
 from crystallm_jax.model.config import ModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -43,6 +43,19 @@ TRAINING_FILE = "training.json"
 _MOMENTS = ("first", "second")
 Storage = Literal["safetensors", "orbax"]
 FloatType = Literal["float32", "float16", "bfloat16"]
+
+
+def check_new(path: Path) -> None:
+    """See that something may be put at `path`: nothing is there, or an empty folder.
+
+    Raises:
+        ModelError: something is there, or it cannot be told.
+    """
+    # A name that no file can have, or a folder that may not be looked into, is no place either.
+    with write_errors(path, ModelError):
+        free = is_free(path)
+    if not free:
+        raise ModelError(f"{path}: is there already: give another name, or remove it")
 
 
 def is_folder(path: Path) -> bool:
@@ -137,7 +150,8 @@ def write_folder(
     path = Path(path)
     named = named_arrays(weights.params, weights.config)
     count = sum(value.size for value in named.values())
-    with new_folder(path) as partial:
+    check_new(path)
+    with new_folder(path, ModelError) as partial:
         _write_params(partial, named, dtype=dtype, storage=storage)
         (partial / CONFIG_FILE).write_text(to_yaml(weights.config), encoding="utf-8")
         if weights.config.vocab_size == len(TOKENS):

@@ -38,10 +38,10 @@ import numpy as np
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.convert.arrange import named_arrays, params_from_named
 from crystallm_jax.convert.names import parameter_table
-from crystallm_jax.convert.new_folder import new_file
 from crystallm_jax.convert.vocabulary import check_tokens
 from crystallm_jax.convert.weights import Weights
 from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.files import new_file
 from crystallm_jax.model.config import ModelConfig
 
 Storage = Literal["float32", "float16", "bfloat16", "int8"]
@@ -116,7 +116,10 @@ def write_npz(path: str | Path, weights: Weights, *, dtype: Storage = "float32")
                 f"{path}: tensor {name} holds numbers beyond the range of {dtype}: choose float32"
             )
         arrays |= stored
-    with new_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with (
+        new_file(path, ModelError) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+    ):
         for name, value in arrays.items():
             with archive.open(name + _MEMBER, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, value, allow_pickle=False)

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from crystallm_jax.convert.card import ModelCard
-from crystallm_jax.convert.folder import FloatType, Storage, write_folder
+from crystallm_jax.convert.folder import FloatType, Storage, check_new, write_folder
 from crystallm_jax.convert.huggingface import write_huggingface
-from crystallm_jax.convert.new_folder import check_new
 from crystallm_jax.convert.npz import Storage as StoredType
 from crystallm_jax.convert.npz import write_npz
 from crystallm_jax.convert.published import write_published
