@@ -35,6 +35,7 @@ from recipe_cases import BASE, SHAPE, Case, cases
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import new_file
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, STEPS = 3, 6
@@ -148,10 +149,8 @@ def run_all(wanted: list[Case], report: dict[str, Any], settings: argparse.Names
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write the report whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def opened(settings: argparse.Namespace) -> dict[str, Any]:

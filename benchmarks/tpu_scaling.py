@@ -29,6 +29,7 @@ from crystallm_jax.ahead.roofline import ASSUMPTIONS
 from crystallm_jax.ahead.topology import open_slice
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
+from crystallm_jax.files import new_file
 from crystallm_jax.train_run.config import TrainConfig
 
 _COMPILED = 2  # micro-batches; one would be no loop
@@ -221,10 +222,8 @@ def main() -> int:
             "assumptions": list(ASSUMPTIONS),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         }
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = settings.out.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(settings.out)
+        with new_file(settings.out) as partial:
+            partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(results["cases"]))
     return 0
 

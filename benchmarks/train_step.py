@@ -27,6 +27,8 @@ from typing import Any
 
 from train_step_cases import MODELS, Case, sweep
 
+from crystallm_jax.files import new_file
+
 HERE = Path(__file__).resolve().parent
 # Time that a case gets at most, and what must be left to begin one before any was seen.
 CASE_S, FIRST_CASE_S = 300.0, 60.0
@@ -168,10 +170,8 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """Write the report whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def opened(path: Path, probe: Mapping[str, Any]) -> dict[str, Any]:

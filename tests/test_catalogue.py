@@ -48,11 +48,11 @@ def test_what_a_kill_left_behind_the_last_batch_is_cut_off(tmp_path: Path) -> No
     _abandon(first)
     with (tmp_path / "payload.bin").open("ab") as stream:
         stream.write(b"half a batch")
-    (tmp_path / ".train.bin.tmp-99").write_bytes(b"half a result")
+    (tmp_path / ".train.bin.0123abcd.partial").write_bytes(b"half a result")
     again = Catalogue(tmp_path, PLAN)
     again.append([_kept("b", b"z")])
     assert again.read(0, 99) == b"xyz"
-    assert not (tmp_path / ".train.bin.tmp-99").exists()
+    assert not (tmp_path / ".train.bin.0123abcd.partial").exists()
     _abandon(again)
 
 

@@ -509,7 +509,7 @@ def test_a_checked_file_is_not_read_again(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = fetch(NAME, server.source())
-    monkeypatch.setattr("crystallm_jax.artifacts.fetching.md5_of", lambda path: pytest.fail("it was read"))
+    monkeypatch.setattr("crystallm_jax.artifacts.fetching.digest_of", lambda *_: pytest.fail("it was read"))
     assert fetch(NAME, server.source()) == path
 
 

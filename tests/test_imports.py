@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "crystallm_jax"
 # As docs/architecture.md has it.
 ROOMS = (
-    ("errors", "config", "processes", "lazy"),
+    ("errors", "config", "processes", "lazy", "files"),
     ("cif",),
     ("data",),
     ("artifacts",),
@@ -34,6 +34,7 @@ WITHOUT_JAX = (
     "config",
     "processes",
     "lazy",
+    "files",
     "cif",
     "data",
     "artifacts",

@@ -18,7 +18,9 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> No
         pass
     assert not list(tmp_path.iterdir())
     (tmp_path / LOCK_FILE).write_text("process 1 on a host that was killed\n")
+    (tmp_path / ".config.yaml.0123abcd.partial").touch()
     with sole_run(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
         assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
 
 

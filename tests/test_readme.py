@@ -8,9 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from crystallm_jax.training.config import TrainConfig
 
 from crystallm_jax.cli import VERBS
+from crystallm_jax.train_run.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -172,7 +172,7 @@ def test_a_run_that_is_cut_off_again_and_again_ends_with_the_same_files(
         lambda path: next((path / "cifs").iterdir()).unlink(),
         lambda path: next((path / "cifs").iterdir()).write_text(""),
         lambda path: next((path / "symmetrized").iterdir()).unlink(),
-        lambda path: (path / "cifs" / "p1__9.cif.0.partial").write_text("data_"),
+        lambda path: (path / "cifs" / ".p1__9.cif.0123abcd.partial").write_text("data_"),
         lambda path: (path / "samples.csv").unlink(),
     ],
 )

@@ -8,7 +8,6 @@ A part holds whole parameters, below 16 MiB together. Every file appears under i
 """
 
 import gzip
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +18,9 @@ import numpy as np
 from accelerator_shipment import byte_planes, from_byte_planes
 
 from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.files import digest_of, new_file
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.models.model import Model
-from crystallm_jax.models.new_folder import new_file
 from crystallm_jax.models.parameters import flattened, named_arrays, params_from_named
 
 FORMAT = 1
@@ -70,12 +69,16 @@ class Outbox:
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Write the report, in the place of the one before."""
         text = json.dumps({"format": FORMAT, **report}, indent=1)
-        with new_file(self.folder / REPORT_FILE) as partial:
+        with (
+            new_file(self.folder / REPORT_FILE, ModelError) as partial,
+        ):
             partial.write_text(text + "\n", encoding="utf-8")
 
     def write_metrics(self, lines: str) -> None:
         """Write the figures of the run, lines of JSON."""
-        with new_file(self.folder / METRICS_FILE) as partial:
+        with (
+            new_file(self.folder / METRICS_FILE, ModelError) as partial,
+        ):
             partial.write_bytes(gzip.compress(lines.encode(), mtime=0))
 
     def write_weights(self, params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -91,9 +94,9 @@ class Outbox:
         files = []
         for number, part in enumerate(_shared_out(named, self.part_bytes)):
             path = self.folder / f"weights-{number}.npz"
-            with new_file(path) as partial, partial.open("wb") as stream:
+            with new_file(path, ModelError) as partial, partial.open("wb") as stream:
                 np.savez_compressed(stream, **{name: byte_planes(half) for name, half in part.items()})
-            files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+            files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)})
         for path in self.folder.glob("weights-*.npz"):
             if path.name not in {file["name"] for file in files}:
                 path.unlink()
@@ -161,7 +164,7 @@ def read_parts(folder: Path) -> Returned:
 def _read_part(path: Path, sha256: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ModelError(f"{path}: is missing: get all files that {REPORT_FILE} names")
-    if (found := _sha256(path)) != sha256:
+    if (found := digest_of(path)) != sha256:
         raise ModelError(
             f"{path}: damaged, or of another call (SHA-256 {found[:12]}…, {REPORT_FILE} says {sha256[:12]}…):"
             " get another copy"
@@ -171,8 +174,3 @@ def _read_part(path: Path, sha256: str) -> dict[str, np.ndarray]:
             return {name: from_byte_planes(part[name], _HALF) for name in part.files}
     except _DAMAGED as error:
         raise ModelError(f"{path}: cannot be read ({error}): get another copy") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crystallm_jax.data.store import TOKEN_DTYPE, TokenStore
-from crystallm_jax.errors import DataError
-from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.errors import DataError, ModelError
+from crystallm_jax.files import new_file
 from crystallm_jax.train_run.config import TrainConfig
 
 SETTINGS_FILE, HEADER_FILE, GOLDEN_FOLDER = "settings.json", "meta.json", "golden"
@@ -82,7 +82,7 @@ def pack_tokens(dataset: Path, out: Path) -> None:
             f"{dataset}: its tokens have {size / 2**20:.1f} MiB compressed, {LARGEST_TOKENS / 2**20:.0f} may travel:"
             " prepare fewer records"
         )
-    with new_file(out / HEADER_FILE) as partial:
+    with new_file(out / HEADER_FILE, ModelError) as partial:
         partial.write_bytes(header)
 
 
@@ -104,13 +104,13 @@ def pack_golden(golden: Path | None, out: Path) -> None:
         source, target = golden / name, out / GOLDEN_FOLDER / name
         if not source.is_file():
             raise DataError(f"{source}: no such golden file: give the folder that holds model/ to --golden")
-        with new_file(target) as partial:
+        with new_file(target, ModelError) as partial:
             shutil.copyfile(source, partial)
 
 
 def write_settings(config: dict[str, Any], dataset: str, out: Path) -> None:
     """Write the settings, which make the shipment complete."""
-    with new_file(out / SETTINGS_FILE) as partial:
+    with new_file(out / SETTINGS_FILE, ModelError) as partial:
         partial.write_text(
             json.dumps({"dataset": dataset, "train": config}, indent=1) + "\n", encoding="utf-8"
         )
@@ -135,12 +135,15 @@ def open_shipment(folder: Path, work: Path) -> Shipment:
     tokens = work / "tokens"
     for split in SPLITS:
         planes = np.frombuffer(_read_packed(folder / f"{split}.tokens.xz"), np.uint8).reshape(2, -1)
-        with new_file(tokens / f"{split}.bin") as partial:
+        with new_file(tokens / f"{split}.bin", ModelError) as partial:
             from_byte_planes(planes, TOKEN_DTYPE).tofile(partial)
         steps = np.frombuffer(_read_packed(folder / f"{split}.starts.xz"), _START_DTYPE)
-        with new_file(tokens / f"{split}.starts.npy") as partial, partial.open("wb") as stream:
+        with (
+            new_file(tokens / f"{split}.starts.npy", ModelError) as partial,
+            partial.open("wb") as stream,
+        ):
             np.save(stream, np.cumsum(steps, dtype=np.int64))
-    with new_file(tokens / HEADER_FILE) as partial:
+    with new_file(tokens / HEADER_FILE, ModelError) as partial:
         shutil.copyfile(folder / HEADER_FILE, partial)
     stores = [TokenStore.open(tokens, split) for split in SPLITS]
     for store in stores:
@@ -156,7 +159,7 @@ def sizes(out: Path) -> Sequence[tuple[str, int]]:
 
 
 def _write_packed(path: Path, values: np.ndarray) -> None:
-    with new_file(path) as partial, lzma.open(partial, "wb") as stream:
+    with new_file(path, ModelError) as partial, lzma.open(partial, "wb") as stream:
         stream.write(np.ascontiguousarray(values).data)
 
 

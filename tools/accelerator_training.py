@@ -22,8 +22,8 @@ from accelerator_shipment import Shipment
 
 from crystallm_jax.data.rows import Rows, open_rows
 from crystallm_jax.errors import ModelError
+from crystallm_jax.files import new_file
 from crystallm_jax.model import ModelConfig, count_params, flops_per_token
-from crystallm_jax.models.new_folder import new_file
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.lock import sole_run
 from crystallm_jax.training.checkpoint import Checkpoints
@@ -253,7 +253,7 @@ class _Run:
         self.report["training"] |= self._standing(place, place.step - since[0], seconds) | losses
         self.report["training"] |= {"decay": decay, "ended": ended}
         text = "".join(f"{line}\n" for line in self.lines)
-        with new_file(self.work / METRICS) as partial:
+        with new_file(self.work / METRICS, ModelError) as partial:
             partial.write_text(text, encoding="utf-8")
         if decay == 0:
             self._checkpoint(state, place, losses)

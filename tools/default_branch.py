@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from crystallm_jax.errors import ModelError
-from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.files import new_file
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, is_checkpoint
 
 BRANCH_FILE = "branch.json"
@@ -74,7 +74,9 @@ def write_branch(branch: Branch, outcome: str = "") -> None:
         ModelError: it cannot be written.
     """
     values = asdict(replace(branch, outcome=outcome))
-    with new_file(branch.folder / BRANCH_FILE) as partial:
+    with (
+        new_file(branch.folder / BRANCH_FILE, ModelError) as partial,
+    ):
         partial.write_text(
             json.dumps({**values, "folder": str(branch.folder), "run": str(branch.run)}) + "\n"
         )

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from crystallm_jax.errors import ModelError
+from crystallm_jax.files import new_file
 from crystallm_jax.models.kinds import card_of
 from crystallm_jax.models.locate import bare_name, locate
-from crystallm_jax.models.new_folder import new_file
 from crystallm_jax.models.runs import run_of
 
 ORIGIN_FILE = "origin.json"
@@ -50,7 +50,7 @@ def write_origin(folder: Path, origin: Origin) -> None:
     Raises:
         ModelError: it cannot be written.
     """
-    with new_file(folder / ORIGIN_FILE) as partial:
+    with new_file(folder / ORIGIN_FILE, ModelError) as partial:
         partial.write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
 
 

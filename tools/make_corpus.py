@@ -42,6 +42,7 @@ from crystallm_jax.cif import (
 from crystallm_jax.cif.vocabulary import SPACEGROUP_TAG
 from crystallm_jax.errors import CIFError
 from crystallm_jax.evaluation import validate
+from crystallm_jax.files import new_file
 
 COUNT = 3000
 MAX_TOKENS = 700
@@ -245,9 +246,8 @@ def write(rows: Iterable[Row], path: Path) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows((row.id, row.prototype, row.charges, row.cif) for row in rows)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(lzma.compress(table.getvalue().encode(), preset=9 | lzma.PRESET_EXTREME))
-    part.replace(path)
+    with new_file(path) as partial:
+        partial.write_bytes(lzma.compress(table.getvalue().encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def summary(rows: Sequence[Row], dropped: Counter[str], path: Path) -> str:

@@ -16,10 +16,10 @@ from crystallm_jax.api import CrystalModel, load_model
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ModelError, SamplingError
 from crystallm_jax.evaluation import ValidatorPool
+from crystallm_jax.files import new_file
 from crystallm_jax.models.crop import crop_block_size
 from crystallm_jax.models.kinds import read_model
 from crystallm_jax.models.model import Model
-from crystallm_jax.models.new_folder import new_file
 from crystallm_jax.models.parameters import named_arrays
 from crystallm_jax.results import ResultsFolder, sample_into
 from crystallm_jax.sampling.constrain import Automaton, Level
@@ -217,7 +217,7 @@ def write_results(path: Path, measured: Measured) -> None:
         models[f"{measured.name} {measured.digest}"] = _as_json(measured)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read: {error}: give another --out") from None
-    with new_file(path) as partial:
+    with new_file(path, ModelError) as partial:
         partial.write_text(json.dumps({"models": models}, indent=2) + "\n", encoding="utf-8")
 
 

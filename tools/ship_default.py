@@ -208,9 +208,9 @@ def export(
     from default_card import make_card  # noqa: PLC0415
     from default_origin import read_origin  # noqa: PLC0415
 
+    from crystallm_jax.files import new_file  # noqa: PLC0415
     from crystallm_jax.models.card import CARD_FILE  # noqa: PLC0415
     from crystallm_jax.models.folder import write_folder  # noqa: PLC0415
-    from crystallm_jax.models.new_folder import new_file  # noqa: PLC0415
 
     weights, kept = better_weights(branch, Path(settings.dataset), stop)
     # Whatever arithmetic it was trained in, it is read in float32.
@@ -225,7 +225,7 @@ def export(
         branch, settings, weights.config, measured, origin=origin, crystals=given.crystals, kept=kept
     )
     card = replace(card, parameters=written.parameters, files=written.files)
-    with new_file(folder / CARD_FILE) as partial:
+    with new_file(folder / CARD_FILE, ModelError) as partial:
         partial.write_text(card.to_markdown(), encoding="utf-8")
     return measured
 

@@ -1,12 +1,8 @@
 """A published file by name, from the cache or downloaded into it: whole and checked, or not there."""
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,6 +11,7 @@ from crystallm_jax.artifacts.cache import artifact_folder
 from crystallm_jax.artifacts.source import Source, default_source, without_password
 from crystallm_jax.artifacts.table import Artifact, find, size_text
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import digest_of, holder_of, lock, new_file, sign
 
 PARTIAL = ".partial"
 
@@ -72,7 +69,7 @@ def is_whole(path: Path, artifact: Artifact) -> bool:
         return False
     if _is_remembered(path, artifact):
         return True
-    if not artifact.may_have(path.stat().st_size) or md5_of(path) != artifact.md5:
+    if not artifact.may_have(path.stat().st_size) or digest_of(path, "md5") != artifact.md5:
         return False
     _remember(path, artifact)
     return True
@@ -87,13 +84,6 @@ def kept(artifact: Artifact, folder: Path | None = None) -> Kept:
     return Kept("partial", partial.stat().st_size) if partial.is_file() else Kept("none", 0)
 
 
-def md5_of(path: Path) -> str:
-    """The MD5 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        # It finds damage; it protects no secret.
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
 def _download(artifact: Artifact, source: Source, path: Path) -> None:
     """Download, check, and only then give the file its name; what was put together from pieces has a second chance."""
     from crystallm_jax.artifacts.transfer import download  # noqa: PLC0415  requests, where something is downloaded
@@ -103,7 +93,7 @@ def _download(artifact: Artifact, source: Source, path: Path) -> None:
     logger.info("downloading %s (%s) from %s", artifact.name, size_text(artifact.size), url)
     for again in (True, False):
         in_pieces = download(artifact, source, partial)
-        found = md5_of(partial)
+        found = digest_of(partial, "md5")
         if found == artifact.md5:
             break
         partial.unlink()
@@ -141,11 +131,8 @@ def _is_remembered(path: Path, artifact: Artifact) -> bool:
 
 def _remember(path: Path, artifact: Artifact) -> None:
     # In a cache that is not ours to write to, it is checked each time.
-    with contextlib.suppress(OSError):
-        memory = _memory(path)
-        new = memory.with_name(f"{memory.name}.{os.getpid()}")
-        new.write_text(json.dumps(_stamp(path, artifact)), encoding="utf-8")
-        new.replace(memory)
+    with contextlib.suppress(OSError), new_file(_memory(path)) as partial:
+        partial.write_text(json.dumps(_stamp(path, artifact)), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -153,16 +140,10 @@ def _sole_download(folder: Path, artifact: Artifact) -> Iterator[None]:
     """Let one process at a time download a file, the others wait; where there are no locks, nobody waits."""
     with (folder / f".{artifact.name}.lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            logger.info(
-                "waiting for %s: %s downloads it", artifact.name, file.read().strip() or "another process"
-            )
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock(file):
+                logger.info("waiting for %s: %s downloads it", artifact.name, holder_of(file))
+                lock(file, wait=True)
         except OSError:
             logger.warning("%s: this folder has no locks; do not download a file twice at once", folder)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        sign(file)
         yield

@@ -1,8 +1,5 @@
 """Unpacks published archives: nothing outside its folder, nothing but plain files, and no more than is plausible."""
 
-import contextlib
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import NamedTuple, Protocol
 from crystallm_jax.data.reading.archives import MEMBER_DAMAGE, check_zip_member, tar_members
 from crystallm_jax.data.reading.streams import OnBytes, nothing, unreadable
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import is_free, new_file, scratch_folder
 
 CHECKPOINT = "ckpt.pt"
 
@@ -47,12 +45,8 @@ def unpack(archive: Path, folder: Path, *, on_bytes: OnBytes = nothing) -> None:
             than is plausible; the folder holds something, or cannot be written.
     """
     check_free(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        with contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        with scratch_folder(folder) as partial:
             for file in _files(archive, on_bytes):
                 target = partial / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +70,7 @@ def check_free(folder: Path) -> None:
     Raises:
         DataError: something is there.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not is_free(folder):
         raise DataError(f"{folder}: is there already: remove it, or unpack somewhere else")
 
 
@@ -86,12 +80,9 @@ def checkpoint_of(archive: Path, out: Path) -> Path:
     Raises:
         DataError: there is none or more than one in it, or what `unpack` raises.
     """
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     found: list[str] = []
     try:
-        with contextlib.ExitStack() as stack:
-            stack.callback(partial.unlink, missing_ok=True)
-            out.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(out, synced=False) as partial:
             # To its end, where the archive's checksum is.
             for file in _files(archive, nothing):
                 if file.name.rpartition("/")[2] == CHECKPOINT:
@@ -101,7 +92,6 @@ def checkpoint_of(archive: Path, out: Path) -> Path:
             if len(found) != 1:
                 held = f"{len(found)}: {', '.join(found[:3])}" if found else "none"
                 raise DataError(f"{archive}: holds {held}, where one {CHECKPOINT} was expected")
-            partial.replace(out)
     except OSError as error:
         raise DataError(f"{archive}: its {CHECKPOINT} cannot be written to {out}: {_why(error)}") from None
     return out

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crystallm_jax.errors import ConfigError, DataError
+from crystallm_jax.files import new_file
 
 if TYPE_CHECKING:
     from crystallm_jax.ahead.compile import Report
@@ -100,9 +101,5 @@ def _compile(config: "TrainConfig", placed: "Slice", arguments: argparse.Namespa
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with new_file(path, DataError) as partial:
         partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None

@@ -2,12 +2,14 @@
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from crystallm_jax.errors import DataError
+from crystallm_jax.files import digest_of, new_file, write_errors
 
 if TYPE_CHECKING:
     from crystallm_jax.artifacts.fetching import Kept
@@ -141,29 +143,18 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _put(path: Path, place: Path, artifact: "Artifact") -> None:
     """Put a file of the cache to another place, where nothing else may lie."""
-    from crystallm_jax.artifacts.fetching import md5_of  # noqa: PLC0415
-    from crystallm_jax.errors import DataError  # noqa: PLC0415
-
-    new = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    try:
+    with write_errors(place, DataError, mend="; give another --out"):
         if place.exists():
-            if place.is_file() and md5_of(place) == artifact.md5:
+            if place.is_file() and digest_of(place, "md5") == artifact.md5:
                 return
             raise DataError(
                 f"{place}: is there already and is another file: remove it, or give another --out"
             )
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            new.hardlink_to(path)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(path, new)
-        new.replace(place)
-    except OSError as error:
-        raise DataError(
-            f"{place}: cannot be written: {error.strerror or error}; give another --out"
-        ) from None
-    finally:
-        new.unlink(missing_ok=True)
+        with new_file(place) as partial:
+            try:
+                partial.hardlink_to(path)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, partial)
 
 
 def _as_table(source: "Source") -> str:

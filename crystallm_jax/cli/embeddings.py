@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from crystallm_jax.errors import ConfigError, DataError
+from crystallm_jax.files import new_file
 
 if TYPE_CHECKING:
     from crystallm_jax.embeddings.neighbours import Neighbour
@@ -246,16 +247,8 @@ def _write(name: str, table: "EmbeddingTable", out: Path, arguments: argparse.Na
 
 
 def _appear(path: Path, write: "Callable[[Path], object]") -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror or error}: give another --out") from None
+    with new_file(path, DataError, mend=": give another --out") as partial:
+        write(partial)
 
 
 def _count(text: str) -> int:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crystallm_jax.cif.vocabulary import SPACEGROUP_SUFFIX, TOKENS
+from crystallm_jax.errors import ModelError
+from crystallm_jax.files import new_file
 
 if TYPE_CHECKING:
     from crystallm_jax.api import CrystalModel
@@ -84,7 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from crystallm_jax.api import load_model  # noqa: PLC0415  JAX is not loaded for --help
     from crystallm_jax.data.preparing.inputs import Inputs  # noqa: PLC0415
-    from crystallm_jax.models.new_folder import new_file  # noqa: PLC0415
 
     inputs = [(path, Inputs(([path],))) for path in arguments.inputs]
     model = load_model(arguments.model, dtype=arguments.dtype)
@@ -94,7 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
         while records := list(islice(stream, _AT_ONCE)):
             rows += list(_score(model, path, records, given=arguments.given))
     rows = _ranked(rows)
-    with new_file(Path(arguments.out)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    out = Path(arguments.out)
+    with (
+        new_file(out, ModelError) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Score._fields)
         writer.writerows(rows)

@@ -7,7 +7,6 @@ A folder holds, for each split, `SPLIT.bin` (token ids, raw little-endian uint16
 """
 
 import dataclasses
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from crystallm_jax.data.reading.tokenfiles import (
     unpacked_folder,
 )
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import digest_of
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
@@ -181,8 +181,7 @@ class TokenStore:
             raise DataError(
                 f"{self.folder} has no meta.json, so no checksum: prepare the structures to have one"
             )
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = digest_of(path)
         if found != expected:
             raise DataError(
                 f"{path} has changed since it was prepared (sha256 {found[:12]}…): prepare it again"

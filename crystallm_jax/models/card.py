@@ -4,7 +4,6 @@ A card is Markdown behind a head of YAML between two lines `---`, as model hubs 
 SHA-256 of every file of the folder, so that a model that has travelled can be compared with the one that left.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 
 from crystallm_jax.config import load_plain_yaml
 from crystallm_jax.errors import ModelError
+from crystallm_jax.files import digest_of
 
 CARD_FILE = "MODEL_CARD.md"
 LIBRARY = "crystallm_jax"
@@ -145,8 +145,7 @@ def with_hashes(card: ModelCard, folder: Path) -> ModelCard:
 
 def hash_of(path: Path) -> FileHash:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return FileHash(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return FileHash(path.stat().st_size, digest_of(path))
 
 
 def damage_of(folder: Path, card: ModelCard, name: str) -> str | None:

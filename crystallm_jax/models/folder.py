@@ -24,10 +24,10 @@ import numpy as np
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.config import load_config, to_yaml
 from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.files import is_free, new_folder, write_errors
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.models.card import CARD_FILE, FOLDER_FORMAT, ModelCard, damage_of, read_card, with_hashes
 from crystallm_jax.models.model import Model, Moments, Training
-from crystallm_jax.models.new_folder import new_folder
 from crystallm_jax.models.parameters import flattened, named_arrays, nested, params_from_named
 from crystallm_jax.models.published_optimizer import read_count
 from crystallm_jax.models.tensors import read_tensors, write_tensors
@@ -43,6 +43,19 @@ TRAINING_FILE = "training.json"
 _MOMENTS = ("first", "second")
 Storage = Literal["safetensors", "orbax"]
 FloatType = Literal["float32", "float16", "bfloat16"]
+
+
+def check_new(path: Path) -> None:
+    """See that something may be put at `path`: nothing is there, or an empty folder.
+
+    Raises:
+        ModelError: something is there, or it cannot be told.
+    """
+    # A name that no file can have, or a folder that may not be looked into, is no place either.
+    with write_errors(path, ModelError):
+        free = is_free(path)
+    if not free:
+        raise ModelError(f"{path}: is there already: give another name, or remove it")
 
 
 def is_folder(path: Path) -> bool:
@@ -137,7 +150,8 @@ def write_folder(
     path = Path(path)
     named = named_arrays(weights.params, weights.config)
     count = sum(value.size for value in named.values())
-    with new_folder(path) as partial:
+    check_new(path)
+    with new_folder(path, ModelError) as partial:
         _write_params(partial, named, dtype=dtype, storage=storage)
         (partial / CONFIG_FILE).write_text(to_yaml(weights.config), encoding="utf-8")
         if weights.config.vocab_size == len(TOKENS):

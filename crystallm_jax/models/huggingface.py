@@ -17,11 +17,11 @@ import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS, UNK_TOKEN
 from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.files import new_folder
 from crystallm_jax.model.config import DType, ModelConfig
-from crystallm_jax.models.folder import FloatType
+from crystallm_jax.models.folder import FloatType, check_new
 from crystallm_jax.models.hf_tokenizer import read_json, read_vocabulary, rows_of_tokens, tokenizer_files
 from crystallm_jax.models.model import Model
-from crystallm_jax.models.new_folder import new_folder
 from crystallm_jax.models.parameters import named_arrays, nested, parameter_value
 from crystallm_jax.models.published_names import ParameterEntry, parameter_table
 from crystallm_jax.models.tensors import read_tensors, write_tensors
@@ -117,7 +117,8 @@ def write_huggingface(path: str | Path, weights: Model, *, card: str, dtype: Flo
         GENERATION_FILE: {**_token_ids(), "max_length": config.block_size},
         **tokenizer_files(config.block_size),
     }
-    with new_folder(path) as partial:
+    check_new(path)
+    with new_folder(path, ModelError) as partial:
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (partial / README_FILE).write_text(_readme(card, config.block_size), "utf-8")

@@ -1,13 +1,13 @@
 """Where a model of some name lies on this machine: fetched, and converted once, where it does not."""
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from crystallm_jax.artifacts import cache_folder, checkpoint_of, converted_folder, fetch, model_archives
 from crystallm_jax.artifacts.table import RECORD
 from crystallm_jax.errors import ModelError
+from crystallm_jax.files import scratch_folder
 from crystallm_jax.models.card import ModelCard
 from crystallm_jax.models.detect import kind_of
 from crystallm_jax.models.folder import WEIGHTS_FILE, is_folder, write_folder
@@ -69,14 +69,12 @@ def _published_model(name: str) -> Path:
         data=f"{name} of CrystaLLM (L. M. Antunes, K. T. Butler, R. Grau-Crespo, Nat. Commun. 15, 10570, 2024),"
         f" {RECORD}, converted",
     )
-    # Two processes that convert it at once write a folder each; the first to end is kept.
-    with _scratch(folder.parent, f".{name}.") as temporary:
-        write_folder(temporary / name, weights, card=card)
-        try:
-            (temporary / name).replace(folder)
-        except OSError as error:
-            if not is_folder(folder):
-                raise ModelError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        write_folder(folder, weights, card=card)
+    except ModelError:
+        # Two processes that convert it at once write a folder each; the first to end is kept.
+        if not is_folder(folder):
+            raise
     return folder
 
 
@@ -91,24 +89,12 @@ def read_archive(archive: Path, read: Callable[[Path], Model] = read_published) 
         CrystallmError: there is none in it, or it is damaged.
     """
     # Some gigabytes, for which the system's folder of temporary files, often in memory, may be too small.
-    with _scratch(cache_folder(), ".unpacked.") as temporary:
-        return read(checkpoint_of(archive, temporary / "ckpt.pt"))
-
-
-@contextmanager
-def _scratch(folder: Path, prefix: str) -> Iterator[Path]:
-    """A folder in the cache that is removed again.
-
-    Raises:
-        ModelError: there can be none.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=prefix)
-    except OSError as error:
-        raise ModelError(
-            f"{error.filename or folder}: cannot be written: {error.strerror}; set CRYSTALLM_CACHE to a folder that"
-            " can be used"
-        ) from None
-    with temporary as name:
-        yield Path(name)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder(cache_folder() / "unpacked"))
+        except OSError as error:
+            raise ModelError(
+                f"{error.filename or cache_folder()}: cannot be written: {error.strerror}; set CRYSTALLM_CACHE to a"
+                " folder that can be used"
+            ) from None
+        return read(checkpoint_of(archive, folder / "ckpt.pt"))

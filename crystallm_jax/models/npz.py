@@ -37,9 +37,9 @@ import numpy as np
 
 from crystallm_jax.cif.vocabulary import TOKENS
 from crystallm_jax.errors import ConfigError, ModelError
+from crystallm_jax.files import new_file
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.models.model import Model
-from crystallm_jax.models.new_folder import new_file
 from crystallm_jax.models.parameters import named_arrays, params_from_named
 from crystallm_jax.models.published_names import parameter_table
 from crystallm_jax.models.tokens import check_tokens
@@ -116,7 +116,10 @@ def write_npz(path: str | Path, weights: Model, *, dtype: StoredType = "float32"
                 f"{path}: tensor {name} holds numbers beyond the range of {dtype}: choose float32"
             )
         arrays |= stored
-    with new_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with (
+        new_file(path, ModelError) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+    ):
         for name, value in arrays.items():
             with archive.open(name + _MEMBER, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, value, allow_pickle=False)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_jax.models.new_folder import new_file
+from crystallm_jax.errors import ModelError
+from crystallm_jax.files import new_file
 
 # Of the members' beginnings, as torch.save has it, so that they can be mapped into memory.
 _ALIGNMENT = 64
@@ -39,7 +40,10 @@ def write_torch_file(path: str | Path, value: Any) -> None:
     path = Path(path)
     arrays: dict[int, tuple[int, np.ndarray]] = {}
     description = b"\x80\x02" + b"".join(_opcodes(value, arrays)) + b"."
-    with new_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with (
+        new_file(path, ModelError) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+    ):
         _write_member(archive, "data.pkl", description)
         _write_member(archive, "byteorder", b"little")
         for key, array in arrays.values():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crystallm_jax.errors import SamplingError
+from crystallm_jax.files import new_file, remove_leftovers, write_errors
 from crystallm_jax.results.journal import Entry, Journal, read_entries
 from crystallm_jax.results.settings import difference
 from crystallm_jax.sampling.prompts import Prompt
@@ -20,7 +21,7 @@ RUN_FILE = "run.json"
 SETTINGS_FILE = "settings.json"
 
 _JOURNALS = "journal-*.jsonl"
-_SAMPLE_FILE = re.compile(r"(.+)__([0-9]+)\.cif(?:\.[0-9]+\.partial)?")
+_SAMPLE_FILE = re.compile(r"(.+)__([0-9]+)\.cif")
 
 
 def file_name(prompt: Prompt, sample_index: int) -> str:
@@ -105,7 +106,7 @@ class ResultsFolder:
             self.write(SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         self._begun = True
         path = self.path / f"journal-{self.part}.jsonl"
-        with self._told(path.name):
+        with write_errors(path, SamplingError):
             self._journal = Journal(path)
 
     def append(self, entry: Entry) -> None:
@@ -116,7 +117,7 @@ class ResultsFolder:
         """
         if self._journal is None:
             raise RuntimeError("the folder was not begun")
-        with self._told(self._journal.path.name):
+        with write_errors(self._journal.path, SamplingError):
             self._journal.append(entry)
 
     def entries(self, prompts: Collection[Prompt]) -> Iterator[Entry]:
@@ -142,9 +143,11 @@ class ResultsFolder:
             path.unlink(missing_ok=True)
 
     def remove_others(self, prompts: Collection[Prompt], kept: Collection[str]) -> None:
-        """Remove the files of these prompts' samples whose names are not among those kept."""
+        """Remove the files of these prompts' samples whose names are not among those kept, and what kills left."""
         names = {prompt.id for prompt in prompts}
+        remove_leftovers(self.path)
         for folder in (CIF_FOLDER, SYMMETRIZED_FOLDER):
+            remove_leftovers(self.path / folder)
             for path in (self.path / folder).iterdir():
                 match = _SAMPLE_FILE.fullmatch(path.name)
                 if match and match[1] in names and path.name not in kept:
@@ -166,21 +169,10 @@ class ResultsFolder:
         Raises:
             SamplingError: the disk takes no more.
         """
-        partial = self.path / f"{name}.{self.part}.partial"
-        with self._told(name):
-            try:
-                yield partial
-                partial.replace(self.path / name)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-
-    @contextlib.contextmanager
-    def _told(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SamplingError(f"{self.path / name}: cannot be written: {error.strerror}") from None
+        path = self.path / name
+        # What a power failure takes of a run, the run makes again.
+        with new_file(path, SamplingError, synced=False) as partial:
+            yield partial
 
     def _holds_samples(self) -> bool:
         files = (TABLE_FILE, RUN_FILE, SETTINGS_FILE)

@@ -1,14 +1,15 @@
 """The journal of a sampling run: a line for each sample that has its verdict, so that a killed run can go on."""
 
-import fcntl
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import Judgement
+from crystallm_jax.files import lock
 from crystallm_jax.samples import Sample
 
 # Digits behind the point of a log-probability in nats. What follows hangs on how many rows were decoded together: of
@@ -95,7 +96,7 @@ class Journal:
         # Unbuffered: what a full disk refused must not be tried again when the file is closed.
         self._file = path.open("ab", buffering=0)
         try:
-            _lock(self._file.fileno(), path)
+            _lock(self._file, path)
             self._size = _whole_bytes(path)
             self._file.truncate(self._size)
         except BaseException:
@@ -167,12 +168,10 @@ def _whole_bytes(path: Path) -> int:
     return whole
 
 
-def _lock(number: int, path: Path) -> None:
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SamplingError(
-            f"{path.parent}: another run samples into it: wait for it, or choose another --out"
-        ) from None
-    except OSError:
-        return  # a file system without locks: nothing is held
+def _lock(file: IO[bytes], path: Path) -> None:
+    # Where the file system has no locks, nothing is held.
+    with contextlib.suppress(OSError):
+        if not lock(file):
+            raise SamplingError(
+                f"{path.parent}: another run samples into it: wait for it, or choose another --out"
+            )

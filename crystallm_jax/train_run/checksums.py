@@ -8,6 +8,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from crystallm_jax.files import new_file
+
 CHECKSUMS_FILE = "checksums.json"
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, OSError)
 """What reading a damaged checkpoint ends in, in orbax, in tensorstore below it, or here."""
@@ -19,13 +21,8 @@ _PIECE = 1 << 20
 def write_checksums(folder: Path) -> None:
     """Write the size and CRC-32 of every file under a finished checkpoint's folder; it appears when it is complete."""
     files = {name: [path.stat().st_size, _crc32(path)] for name, path in _files(folder).items()}
-    partial = folder / f"{CHECKSUMS_FILE}.partial"
-    try:
+    with new_file(folder / CHECKSUMS_FILE) as partial:
         partial.write_text(json.dumps({"crc32": files}) + "\n")
-        partial.replace(folder / CHECKSUMS_FILE)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def find_damage(folder: Path) -> str | None:

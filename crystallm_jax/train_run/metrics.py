@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import new_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,14 +29,11 @@ class MetricsLog:
     def __init__(self, path: Path, *, first_step: int) -> None:
         self._path = path
         self.last: dict[str, Any] = {}
-        partial = path.with_suffix(".partial")
-        with self._writing(), partial.open("w") as file:
+        with self._writing(), new_file(path) as partial, partial.open("w") as file:
             for line in read_metrics(path) if path.exists() else ():
                 if line["step"] < first_step:
                     file.write(json.dumps(line) + "\n")
                     self.last = line
-        with self._writing():
-            partial.replace(path)
 
     def write(self, **values: Any) -> None:
         """Append one line; numbers that are not finite are written as null, which JSON knows."""

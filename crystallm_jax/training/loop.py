@@ -17,6 +17,7 @@ from crystallm_jax.config import load_config, to_yaml
 from crystallm_jax.data.feed import Feed, open_feed
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError
+from crystallm_jax.files import new_file
 from crystallm_jax.model import ModelConfig, count_params
 from crystallm_jax.model.compiler import use_compilation_cache
 from crystallm_jax.train_run.config import TrainConfig
@@ -164,14 +165,10 @@ def _write_config(out_dir: Path, config: TrainConfig) -> None:
         process_id=None,
         local_device_ids=None,
     )
-    partial = out_dir / f"{CONFIG_FILE}.partial"
-    try:
+    path = out_dir / CONFIG_FILE
+    mend = "; make room or choose another out_dir"
+    with new_file(path, ConfigError, mend=mend) as partial:
         partial.write_text(to_yaml(alone))
-        partial.replace(out_dir / CONFIG_FILE)
-    except OSError as error:
-        raise ConfigError(
-            f"{out_dir / CONFIG_FILE}: cannot be written: {error.strerror}; make room or choose another out_dir"
-        ) from None
 
 
 def _origin(written: Path, config: TrainConfig) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from crystallm_jax.data.feed import Feed
 from crystallm_jax.errors import DataError, ModelError
+from crystallm_jax.files import new_file
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.step import StepMetrics
 
@@ -97,9 +98,8 @@ def _write(path: Path, step: int, metrics: StepMetrics, *, ids: list[list[list[s
             for loss, rows in zip(metrics.micro_losses, ids, strict=True)
         ],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def _number(value: jax.Array) -> float | str:

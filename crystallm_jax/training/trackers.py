@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from crystallm_jax.errors import ConfigError
+from crystallm_jax.files import new_file
 from crystallm_jax.train_run.config import TrainConfig
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -204,10 +205,6 @@ def _missing(package: str, error: ImportError) -> ConfigError:
 def _kept_id(path: Path) -> str:
     """The id in this file, which is made where there is none."""
     if not path.is_file():
-        partial = path.with_suffix(".partial")
-        try:
+        with new_file(path, ConfigError) as partial:
             partial.write_text(uuid.uuid4().hex[:12] + "\n")
-            partial.replace(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
     return path.read_text().strip()

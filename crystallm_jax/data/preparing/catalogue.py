@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 from crystallm_jax.data.preparing.pipeline import Dropped, Outcome
 from crystallm_jax.data.preparing.staging import make_folder, remove_empty, writing
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,7 @@ class Catalogue:
             if self._plan() is None:
                 self.connection.execute("INSERT INTO plan VALUES (?)", (text,))
                 self.connection.commit()
-            for leftover in folder.glob(".*.tmp-*"):  # of a run that was killed while it wrote the result
-                leftover.unlink()
+            remove_leftovers(folder)  # of a run that was killed while it wrote the result
             # Places are the numbers from 0 on, so the greatest one tells how many there are, without a scan.
             self._count = self._scalar("SELECT COALESCE(MAX(place) + 1, 0) FROM records")
             self._size = self._scalar("SELECT COALESCE(MAX(offset + length), 0) FROM records")

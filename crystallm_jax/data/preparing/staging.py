@@ -1,7 +1,6 @@
 """Files of one folder under temporary names, until all of them are there."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import TracebackType
 from typing import BinaryIO, Self, TextIO
 
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import sync, temporary_name
 
 
 class Staging:
@@ -61,8 +61,7 @@ class Staging:
         with writing(self.folder):
             self._open_files.close()
             for path in self._temporary:
-                with path.open("rb+") as stream:
-                    os.fsync(stream.fileno())
+                sync(path)
             for path, final in self._temporary.items():
                 path.replace(final)
             self._temporary = {}
@@ -71,7 +70,7 @@ class Staging:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _named(self, name: str) -> Path:
-        path = self._work / f".{name}.tmp-{os.getpid()}"
+        path = temporary_name(self._work / name)
         self._temporary[path] = self.folder / name
         return path
 

@@ -5,9 +5,7 @@
 
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from crystallm_jax.data.reading.offsets import read_offsets
 from crystallm_jax.data.reading.pickles import read_value
 from crystallm_jax.data.reading.streams import DAMAGE, one_line, open_unpacked, unreadable
 from crystallm_jax.errors import DataError
+from crystallm_jax.files import new_folder
 
 META = "meta.pkl"
 STARTS = {"train": "starts.pkl", "val": "starts_val.pkl"}
@@ -147,20 +146,18 @@ def unpacked_folder(archive: Path) -> Path:
         raise DataError(f"{folder} is in the way of unpacking {archive.name}: move it elsewhere")
     _log.info("unpacking %s to %s", archive, folder)
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=archive.parent))
+        with new_folder(folder) as partial:
+            files = _unpack(archive, partial)
+            marker = json.dumps({"archive": stamp, "files": sorted(files)}) + "\n"
+            (partial / _MARKER).write_text(marker, encoding="utf-8")
+            if folder.exists():
+                _set_aside(folder)
     except OSError as error:
-        raise _no_room(archive, error) from error
-    try:
-        files = _unpack(archive, partial)
-        marker = json.dumps({"archive": stamp, "files": sorted(files)}) + "\n"
-        (partial / _MARKER).write_text(marker, encoding="utf-8")
-        # mkdtemp lets in nobody else; the folder is to be as open as any.
-        partial.chmod(0o777 & ~_umask())
-        _put_in_place(partial, folder, stamp=stamp)
-    except OSError as error:
-        raise _no_room(archive, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        # Another process, which had the same to do, may have been first.
+        if _marked(folder) != stamp:
+            raise DataError(
+                f"{archive} cannot be unpacked beside itself ({one_line(error)}): copy it to a folder with room for it"
+            ) from error
     return folder
 
 
@@ -185,17 +182,6 @@ def _unpack(archive: Path, folder: Path) -> set[str]:
     if not written & set(BINS):
         raise DataError(f"{archive} holds no {BINS[0]} and no {BINS[1]}: it is no token archive")
     return written
-
-
-def _put_in_place(partial: Path, folder: Path, *, stamp: list[int]) -> None:
-    if folder.exists():
-        _set_aside(folder)
-    try:
-        partial.rename(folder)
-    except OSError:
-        # Another process, which had the same to do, was first.
-        if _marked(folder) != stamp:
-            raise
 
 
 def _set_aside(folder: Path) -> None:
@@ -232,15 +218,3 @@ def _stem(archive: Path) -> str:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _no_room(archive: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{archive} cannot be unpacked beside itself ({one_line(error)}): copy it to a folder with room for it"
-    )
