@@ -24,6 +24,7 @@ from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import init_params
+from crystallm_jax.signals import EXIT_AGAIN, StoppedError
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.config import TrainConfig
 from crystallm_jax.training.load import load_weights
@@ -31,7 +32,6 @@ from crystallm_jax.training.loop import run
 from crystallm_jax.training.metrics import MetricsLog
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import batch_loss, compile_steps
-from crystallm_jax.training.stop import EXIT_AGAIN, TrainingStoppedError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -316,7 +316,7 @@ def test_every_cut_goes_on_exactly_in_the_middle_of_an_epoch(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsLog, "write", write_and_stop)
-    with pytest.raises(TrainingStoppedError, match="SIGTERM"):
+    with pytest.raises(StoppedError, match="SIGTERM"):
         run(broken)
     monkeypatch.setattr(MetricsLog, "write", write)
     assert _latest(tmp_path / "broken") in {3, 4}

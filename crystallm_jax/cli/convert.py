@@ -114,16 +114,14 @@ def run(arguments: argparse.Namespace) -> int:
     from crystallm_jax.convert.sources import locate  # noqa: PLC0415
     from crystallm_jax.exchange.export import export, format_of, gathered  # noqa: PLC0415 - keeps --help instant
     from crystallm_jax.exchange.provenance import card_of  # noqa: PLC0415
-    from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
 
     target: Path = arguments.target
     form = arguments.to or format_of(target)
     _check(arguments, form)
-    with terminate_as_interrupt():
-        source = locate(arguments.source)
-        weights = gathered(source, form=form, weights_only=arguments.weights_only)
-        card = _told(card_of(source), arguments)
-        export(weights, target, form=form, card=card, dtype=arguments.dtype, storage=arguments.storage)
+    source = locate(arguments.source)
+    weights = gathered(source, form=form, weights_only=arguments.weights_only)
+    card = _told(card_of(source), arguments)
+    export(weights, target, form=form, card=card, dtype=arguments.dtype, storage=arguments.storage)
     sys.stdout.write(f"{target}: {_size(target) / 1e6:,.2f} MB, {form}\n")
     if arguments.push:
         from crystallm_jax.convert.hub import push_hub  # noqa: PLC0415
