@@ -21,10 +21,10 @@ from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, DataError
+from crystallm_jax.signals import EXIT_AGAIN
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.distributed import LateMaximum, Share, batch_share, join
 from crystallm_jax.training.loop import run
-from crystallm_jax.training.stop import EXIT_AGAIN, StopRequest, TrainingStoppedError
 
 ROOT = Path(__file__).parents[1]
 DEVICES = 4
@@ -60,7 +60,7 @@ from pathlib import Path
 import jax
 from crystallm_jax.cli import main
 from crystallm_jax.training import distributed
-from crystallm_jax.training.stop import StopRequest
+from crystallm_jax.signals import StopRequest
 
 distributed.HEARTBEAT_TIMEOUT_S = 4
 fault, process, at, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
@@ -343,15 +343,3 @@ def test_processes_whose_rows_overlap_are_refused() -> None:
 def test_the_greatest_number_is_told_one_call_late() -> None:
     greatest = LateMaximum(Mesh(np.array(jax.devices()), ("data",)))
     assert [greatest(number) for number in (3, 0, 15, 0)] == [0, 3, 0, 15]
-
-
-def test_a_signal_to_another_process_stops_this_one() -> None:
-    answers = iter((0, 0, signal.SIGINT))
-    request = StopRequest(lambda _: next(answers))
-    assert [request.agreed() for _ in range(3)] == [False, False, True]
-    assert request.signal_number == signal.SIGINT
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_scheduler_can_tell_what_to_run_again(number: int, code: int) -> None:
-    assert TrainingStoppedError(number, "stopped").exit_code == code

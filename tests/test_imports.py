@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "crystallm_jax"
 # As docs/architecture.md has it.
 ROOMS = (
-    ("errors", "config", "processes", "lazy", "files"),
+    ("errors", "config", "processes", "lazy", "files", "signals"),
     ("cif",),
     ("data",),
     ("artifacts",),
@@ -35,6 +35,7 @@ WITHOUT_JAX = (
     "processes",
     "lazy",
     "files",
+    "signals",
     "cif",
     "data",
     "artifacts",

@@ -27,13 +27,17 @@ from crystallm_jax.data import prepare as module
 from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.data.preparing.selection import Selection
 from crystallm_jax.data.preparing.splits import Split
+from crystallm_jax.signals import StoppedError
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     module._COMMIT_RECORDS = 48
     selection = Selection(dedup=True, split=Split(0.2, 0.1), shuffle=True, underrepresented_below=100)
-    report = module.prepare(
-        [sys.argv[1]], sys.argv[2], selection=selection, execution=Execution(workers=int(sys.argv[3]))
-    )
+    try:
+        report = module.prepare(
+            [sys.argv[1]], sys.argv[2], selection=selection, execution=Execution(workers=int(sys.argv[3]))
+        )
+    except StoppedError as error:
+        sys.exit(error.exit_code)
     print("resumed at", report.resumed_at)
 """
 
@@ -116,9 +120,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     assert _contents(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_keeps_what_is_done(
-    source: Path, whole: dict[str, bytes], tmp_path: Path, number: signal.Signals
+    source: Path, whole: dict[str, bytes], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     process = _start(tmp_path, source, workers=1)
     deadline = time.monotonic() + 120
@@ -126,7 +130,7 @@ def test_a_signal_keeps_what_is_done(
         time.sleep(0.01)
     process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == code
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {WORK_FOLDER}
     done = _done(tmp_path)

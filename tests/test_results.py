@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,12 +22,12 @@ from crystallm_jax.evaluation import ValidatorPool, parse_structure, validate
 from crystallm_jax.evaluation.judging import judge
 from crystallm_jax.evaluation.report import Judgement
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.processes import Interruption, TerminatedError
 from crystallm_jax.results import ResultsFolder, Summary, sample_into
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.prompts import Prompt
 from crystallm_jax.sampling.requests import GenerationRequest, Orders
+from crystallm_jax.signals import StoppedError, StopRequest
 
 COLUMNS = [
     "id",
@@ -339,17 +340,17 @@ def test_an_interruption_leaves_the_cifs_and_their_table(
 def test_an_interruption_whose_exception_was_lost_ends_the_run_after_the_batch(
     tmp_path: Path, texts: dict[str, str]
 ) -> None:
-    samples, prompts, interruption = _samples(texts), _prompts(texts), Interruption()
+    samples, prompts, stop = _samples(texts), _prompts(texts), StopRequest()
     model = _model([samples[:1], samples[1:3]])
-    with pytest.raises(TerminatedError):
+    with pytest.raises(StoppedError):
         sample_into(
             ResultsFolder(tmp_path),
             model,
             prompts,
             REQUEST,
             pool=_at_once(),
-            on_batch=lambda _: interruption.note(TerminatedError),
-            interruption=interruption,
+            on_batch=lambda _: setattr(stop, "signal_number", signal.SIGTERM),
+            stop=stop,
         )
     assert len(_table(tmp_path)) == 1
 

@@ -25,13 +25,13 @@ from crystallm_jax.model import init_params
 from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.kinds import read_model
 from crystallm_jax.models.model import Model
+from crystallm_jax.signals import EXIT_AGAIN, StoppedError
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.metrics import MetricsLog
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.loop import run
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import batch_loss, compile_steps
-from crystallm_jax.training.stop import EXIT_AGAIN, TrainingStoppedError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -316,7 +316,7 @@ def test_every_cut_goes_on_exactly_in_the_middle_of_an_epoch(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsLog, "write", write_and_stop)
-    with pytest.raises(TrainingStoppedError, match="SIGTERM"):
+    with pytest.raises(StoppedError, match="SIGTERM"):
         run(broken)
     monkeypatch.setattr(MetricsLog, "write", write)
     assert _latest(tmp_path / "broken") in {3, 4}

@@ -17,7 +17,7 @@ from crystallm_jax.cli import main
 from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.model import Model
-from crystallm_jax.training.stop import EXIT_AGAIN
+from crystallm_jax.signals import EXIT_AGAIN
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = (
@@ -42,7 +42,7 @@ from crystallm_jax.results.folder import ResultsFolder
 from crystallm_jax.training import distributed
 
 distributed.HEARTBEAT_TIMEOUT_S = 4
-dies, after = int(sys.argv[1]), int(sys.argv[2])
+fault, dies, after = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 append, entries = ResultsFolder.append, 0
 
 def append_and_die(folder, entry):
@@ -50,11 +50,11 @@ def append_and_die(folder, entry):
     append(folder, entry)
     entries += 1
     if folder.part == dies and entries == after:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[fault])
 
 ResultsFolder.append = append_and_die
 if __name__ == "__main__":
-    sys.exit(main(["sample", *sys.argv[3:]]))
+    sys.exit(main(["sample", *sys.argv[4:]]))
 """
 
 
@@ -78,13 +78,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--model", str(folder / "model"), "--prompts", str(table), *SAMPLES]
 
 
-def _together(flags: list[str], out: Path, *, dies: int = -1, after: int = 0) -> list[Ended]:
+def _together(
+    flags: list[str], out: Path, *, fault: str = "SIGKILL", dies: int = -1, after: int = 0
+) -> list[Ended]:
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
         address = f"localhost:{listening.getsockname()[1]}"
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     script = Path(flags[flags.index("--prompts") + 1]).parent / "process.py"
-    command = [sys.executable, str(script), str(dies), str(after), *flags, "--out", str(out)]
+    command = [sys.executable, str(script), fault, str(dies), str(after), *flags, "--out", str(out)]
     processes = [
         subprocess.Popen(
             [*command, "--coordinator-address", address, "--num-processes", "2", "--process-id", str(number)],
@@ -122,6 +124,14 @@ def _files(out: Path) -> dict[str, str]:
 def killed(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended]]:
     out = tmp_path_factory.mktemp("together") / "out"
     return out, _together(inputs, out, dies=1, after=2)
+
+
+def test_a_process_that_is_told_to_stop_ends_the_other(inputs: list[str], tmp_path: Path) -> None:
+    survivor, told = _together(inputs, tmp_path / "out", fault="SIGTERM", dies=1, after=2)
+    assert told.code == EXIT_AGAIN, told.error
+    assert "crystallm sample: interrupted" in told.error
+    assert survivor.code in {EXIT_AGAIN, -signal.SIGABRT}, survivor.error
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_a_process_that_is_killed_ends_the_other(killed: tuple[Path, list[Ended]]) -> None:

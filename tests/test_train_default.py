@@ -240,7 +240,7 @@ def test_the_corpus_in_the_package_is_prepared_as_training_does(
 ) -> None:
     data = tool("default_data")
     given: list[list[str]] = []
-    monkeypatch.setattr(data, "crystallm", lambda arguments: given.append(arguments) or 143)
+    monkeypatch.setattr(data, "crystallm", lambda arguments: given.append(arguments) or 75)
     assert (
         tool("train_default").main(["--dataset", "embedded", "--out-dir", str(tmp_path), "--nice", "0"]) == 75
     )

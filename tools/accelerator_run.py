@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from crystallm_jax.errors import ConfigError, CrystallmError
+from crystallm_jax.signals import exit_code
 
 STARTED = time.monotonic()  # what takes long to import comes later
 STAGES = ("checks", "training")
@@ -81,7 +82,6 @@ def run(options: argparse.Namespace) -> int:
     from accelerator_training import train  # noqa: PLC0415
 
     from crystallm_jax.model.compiler import use_compilation_cache  # noqa: PLC0415
-    from crystallm_jax.training.stop import EXIT_AGAIN  # noqa: PLC0415
 
     shipment = open_shipment(options.shipment, work)
     returned = None if options.resume_from is None else read_parts(options.resume_from)
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     if bad := failed(report.get("checks", {})):
         print(f"accelerator_run.py: failed: {', '.join(bad)}: see {out / 'report.json'}", file=sys.stderr)
         return 1
-    return 0 if signalled is None else EXIT_AGAIN
+    return 0 if signalled is None else exit_code(signalled)
 
 
 def _command() -> str:

@@ -24,6 +24,7 @@ from crystallm_jax.data.rows import Rows, open_rows
 from crystallm_jax.errors import ModelError
 from crystallm_jax.files import new_file
 from crystallm_jax.model import ModelConfig, count_params, flops_per_token
+from crystallm_jax.signals import StopRequest, stop_between
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.lock import sole_run
 from crystallm_jax.training.checkpoint import Checkpoints
@@ -32,7 +33,6 @@ from crystallm_jax.training.distributed import Share
 from crystallm_jax.training.evaluate import Evaluator
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import CompiledSteps, StepMetrics, TrainState, compile_steps, initial_state
-from crystallm_jax.training.stop import StopRequest, stop_signals
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 LOG_EVERY = 10
@@ -94,7 +94,7 @@ def train(
         pool = stack.enter_context(ThreadPoolExecutor(1))
         run = _Run(config, model_config, steps, evaluator, checkpoints, batches, outbox, report, clock, work)
         run.describe(begun, rows, save_every=save_every)
-        stop = stack.enter_context(stop_signals())
+        stop = stack.enter_context(stop_between())
         return run.go(begun, stop, pool, save_every=save_every)
 
 

@@ -11,16 +11,15 @@ from typing import get_args
 
 import jax
 import numpy as np
-from default_stop import leave_if_asked
 
 from crystallm_jax.data.feed import open_feed
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.model.config import DType
+from crystallm_jax.signals import stop_between
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
-from crystallm_jax.training.stop import stop_signals
 
 # Steps of each, in turns: of what shares the machine, both get the same.
 ROUNDS = 4
@@ -40,21 +39,21 @@ def time_steps(config: TrainConfig, store: TokenStore) -> dict[DType, float]:
 
     Raises:
         CrystallmError: a configuration that does not fit the data or the devices.
-        TrainingStoppedError: SIGTERM or Ctrl-C came, and the step on its way is done.
+        StoppedError: SIGTERM or Ctrl-C came, and the step on its way is done.
     """
     batch = _first_batch(config, store)
     steps: dict[DType, Callable[[], None]] = {}
-    with stop_signals() as stop:
+    with stop_between("stopped; the same command goes on") as stop:
         for dtype in get_args(DType):
             steps[dtype] = _stepper(replace(config, dtype=dtype), store.header.vocab_size, batch)
-            leave_if_asked(stop)
+            stop.check()
         best = dict.fromkeys(steps, float("inf"))
         for _ in range(ROUNDS):
             for dtype, step in steps.items():
                 begun = time.perf_counter()
                 step()
                 best[dtype] = min(best[dtype], time.perf_counter() - begun)
-                leave_if_asked(stop)
+                stop.check()
     return {dtype: config.tokens_per_step / seconds for dtype, seconds in best.items()}
 
 

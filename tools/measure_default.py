@@ -10,8 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from default_stop import leave_if_asked
-
 from crystallm_jax.api import CrystalModel, load_model
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ModelError, SamplingError
@@ -27,8 +25,8 @@ from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.prompt_files import read_prompts
 from crystallm_jax.sampling.prompts import Prompt, unique_ids
 from crystallm_jax.sampling.requests import GenerationRequest
+from crystallm_jax.signals import StopRequest
 from crystallm_jax.training.evaluate import FilesLoss, loss_of_files
-from crystallm_jax.training.stop import StopRequest
 
 TEMPERATURES = (1.0, 0.5)
 CONSTRAINTS: tuple[Level | None, ...] = (None, "symmetry", "positions")
@@ -108,7 +106,7 @@ def measure(
 
     Raises:
         CrystallmError: the model or the data cannot be read.
-        TrainingStoppedError: a signal asked to end.
+        StoppedError: a signal asked to end.
     """
     weights = read_model(model)
     digest = digest_of(weights)
@@ -126,14 +124,14 @@ def losses_of(
 
     Raises:
         CrystallmError: a folder cannot be read, or the context is shorter.
-        TrainingStoppedError: a signal asked to end.
+        StoppedError: a signal asked to end.
     """
     if block_size is not None:
         weights = crop_block_size(weights, block_size, place="the model")
     found = {}
     for dataset in datasets:
         found[dataset.name] = loss_of_files(weights, TokenStore.open(dataset, "val"))
-        leave_if_asked(stop)
+        stop.check()
     return found
 
 
@@ -166,9 +164,9 @@ def _validities(
                         constrain=constrain,
                     ),
                     pool=pool,
-                    on_batch=lambda _: leave_if_asked(stop),
+                    stop=stop,
                 )
-                leave_if_asked(stop)
+                stop.check()
                 valid = summary.totals.valid
                 reasons.update(summary.totals.reasons)
             yield Validity(temperature, constrain, len(prompts), valid, dict((+reasons).most_common()))

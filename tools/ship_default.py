@@ -14,6 +14,7 @@ held to symmetry, and to positions. SIGTERM ends it with exit code 75, Ctrl-C wi
 import argparse
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from train_default import DEDUP, faster_dtype
 from crystallm_jax.cli import log_to_stderr, quiet_libtpu
 from crystallm_jax.cli import main as crystallm
 from crystallm_jax.errors import CrystallmError, ModelError
+from crystallm_jax.signals import StoppedError, StopRequest, exit_code, stop_between
 
 # JAX is imported where it is needed: the processes that prepare and judge crystals import this file too.
 if TYPE_CHECKING:
@@ -33,27 +35,26 @@ if TYPE_CHECKING:
 
     from crystallm_jax.models.model import Model
     from crystallm_jax.train_run.config import TrainConfig
-    from crystallm_jax.training.stop import StopRequest
 
 TARGET = ROOT / "crystallm_jax" / "assets" / "default"
 MOST_BYTES = 20_000_000
 """What a model in the package may take."""
 EXPORT_FOLDER = "export"
+# By exit code, the signal that ended a command.
+_STOPPED = {exit_code(number): number for number in (signal.SIGTERM, signal.SIGINT)}
 
 logger = logging.getLogger("crystallm_jax.tools.ship_default")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Branch, measure and ship; returns the exit code: 0 also where the model is not better and stays out."""
-    from crystallm_jax.training.stop import stop_signals  # noqa: PLC0415
-
     given = parse(arguments)
     log_to_stderr()
     quiet_libtpu()
     try:
-        with stop_signals() as stop:
+        with stop_between("stopped; the same command goes on") as stop:
             return evaluate(given, stop) if given.evaluate_only else ship(given, stop)
-    except CrystallmError as error:
+    except (CrystallmError, StoppedError) as error:
         print(f"ship_default: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
 
@@ -100,11 +101,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def evaluate(given: argparse.Namespace, stop: "StopRequest") -> int:
+def evaluate(given: argparse.Namespace, stop: StopRequest) -> int:
     """Measure one model; returns the exit code.
 
     Raises:
-        CrystallmError: a model or data that cannot be used, or a signal that ended it.
+        CrystallmError: a model or data that cannot be used.
+        StoppedError: a signal ended it.
     """
     from crystallm_jax.models.locate import bare_name  # noqa: PLC0415
 
@@ -114,11 +116,12 @@ def evaluate(given: argparse.Namespace, stop: "StopRequest") -> int:
     return 0
 
 
-def ship(given: argparse.Namespace, stop: "StopRequest") -> int:
+def ship(given: argparse.Namespace, stop: StopRequest) -> int:
     """Branch a decay, measure its end, and put it into the package; returns the exit code.
 
     Raises:
-        CrystallmError: a run, model or data that cannot be used, or a signal that ended it.
+        CrystallmError: a run, a model or data that cannot be used.
+        StoppedError: a signal ended it.
     """
     from default_branch import find_branch, write_branch  # noqa: PLC0415
     from swap_folder import swap_folder  # noqa: PLC0415
@@ -159,14 +162,10 @@ def prepare(given: argparse.Namespace, dataset: Path) -> None:
     Raises:
         CrystallmError: they cannot be prepared.
     """
-    from crystallm_jax.training.stop import TrainingStoppedError  # noqa: PLC0415
-
     for data in (RawData(given.data, dataset, DEDUP), RawData(given.test_data, given.test_dataset)):
         code = prepare_where_needed(data)
-        if code > 128:
-            raise TrainingStoppedError(
-                code - 128, "stopped while crystals were prepared; the same command goes on"
-            )
+        if (number := _STOPPED.get(code)) is not None:
+            raise StoppedError(number, "stopped while crystals were prepared; the same command goes on")
         if code:
             raise ModelError(f"{data.folder}: could not be prepared: see above")
 
@@ -196,12 +195,13 @@ def decay(branch: "Branch", settings: "TrainConfig", dtype: str | None) -> int:
 
 
 def export(
-    branch: "Branch", settings: "TrainConfig", folder: Path, *, given: argparse.Namespace, stop: "StopRequest"
+    branch: "Branch", settings: "TrainConfig", folder: Path, *, given: argparse.Namespace, stop: StopRequest
 ) -> "Measured":
     """Write the better weights of a decay's end as a model folder with its card, and measure what was written.
 
     Raises:
-        CrystallmError: the run cannot be read, or a signal ended it.
+        CrystallmError: the run cannot be read.
+        StoppedError: a signal ended it.
     """
     from dataclasses import replace  # noqa: PLC0415
 
@@ -230,11 +230,12 @@ def export(
     return measured
 
 
-def better_weights(branch: "Branch", dataset: Path, stop: "StopRequest") -> "tuple[Model, str]":
+def better_weights(branch: "Branch", dataset: Path, stop: StopRequest) -> "tuple[Model, str]":
     """Of a decay's last weights and their moving average those of the lower validation loss, and words for it.
 
     Raises:
-        CrystallmError: the run cannot be read, or a signal ended it.
+        CrystallmError: the run cannot be read.
+        StoppedError: a signal ended it.
     """
     from measure_default import losses_of  # noqa: PLC0415
 
@@ -261,7 +262,7 @@ def better_weights(branch: "Branch", dataset: Path, stop: "StopRequest") -> "tup
 
 
 def measured_of(
-    model: str, name: str, given: argparse.Namespace, dataset: Path, stop: "StopRequest"
+    model: str, name: str, given: argparse.Namespace, dataset: Path, stop: StopRequest
 ) -> "Measured":
     """Measure a model as the command line says."""
     from measure_default import measure  # noqa: PLC0415
@@ -287,14 +288,15 @@ def report(measured: "Measured", given: argparse.Namespace) -> None:
 
 
 def shortcomings(
-    measured: "Measured", exported: Path, *, given: argparse.Namespace, dataset: Path, stop: "StopRequest"
+    measured: "Measured", exported: Path, *, given: argparse.Namespace, dataset: Path, stop: StopRequest
 ) -> str:
     """On which validation sets a model is no better than the one that it would replace; empty where on none.
 
     Where their contexts differ, both read with the shorter one, so that the same tokens count.
 
     Raises:
-        CrystallmError: the data cannot be read, or a signal ended it.
+        CrystallmError: the data cannot be read.
+        StoppedError: a signal ended it.
     """
     from measure_default import losses_of  # noqa: PLC0415
     from swap_folder import put_right  # noqa: PLC0415

@@ -22,7 +22,6 @@ processor among sessions first):
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from crystallm_jax.cli import log_to_stderr, quiet_libtpu
 from crystallm_jax.cli import main as crystallm
 from crystallm_jax.data.corpus import EMBEDDED
 from crystallm_jax.errors import ConfigError, CrystallmError, ModelError
+from crystallm_jax.signals import StoppedError, stop_at_once
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, is_checkpoint
 
 # JAX is imported where it is needed: the processes that prepare crystals import this file too.
@@ -52,21 +52,16 @@ logger = logging.getLogger("crystallm_jax.tools.train_default")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train until a signal ends it; returns the exit code: 75 after SIGTERM, 1 or 2 where something cannot be used."""
-    from crystallm_jax.training.stop import stop_at_once  # noqa: PLC0415
-
     given = parse(arguments)
     log_to_stderr()
     stand_back(given.nice)
     quiet_libtpu()
     try:
-        with stop_at_once():
+        with stop_at_once("stopped between steps, nothing is lost; the same command goes on"):
             return train(given)
-    except CrystallmError as error:
+    except (CrystallmError, StoppedError) as error:
         print(f"train_default: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("train_default: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def stand_back(nice: int) -> None:
@@ -136,7 +131,6 @@ def train(given: argparse.Namespace) -> int:
     """
     from crystallm_jax.config import load_config  # noqa: PLC0415
     from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
-    from crystallm_jax.training.stop import EXIT_AGAIN  # noqa: PLC0415
 
     for text in given.settings:
         if text.startswith("init_from="):
@@ -151,7 +145,7 @@ def train(given: argparse.Namespace) -> int:
     if config.dataset == EMBEDDED:
         data = RawData(EMBEDDED, out_dir / "dataset")
     if code := prepare_where_needed(data):
-        return EXIT_AGAIN if code == 128 + signal.SIGTERM else code
+        return code
     settings += [f"dataset={data.folder}", f"init_from={begin(config, data.folder, given.init_from)}"]
     if not any(text.startswith("dtype=") for text in given.settings):
         settings.append(f"dtype={faster_dtype(config, data.folder)}")
@@ -206,7 +200,7 @@ def faster_dtype(config: "TrainConfig", dataset: Path) -> str:
     """The arithmetic in which this machine trains faster, timed and told.
 
     Raises:
-        TrainingStoppedError: a signal came meanwhile.
+        StoppedError: a signal came meanwhile.
     """
     from default_dtype import faster, time_steps  # noqa: PLC0415  JAX
 

@@ -5,7 +5,6 @@ import importlib.util
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +13,16 @@ import crystallm_jax
 from crystallm_jax.cli import compile as compile_verb
 from crystallm_jax.cli import convert, download, embeddings, info, prepare, sample, score, train
 from crystallm_jax.errors import CrystallmError
-from crystallm_jax.processes import TerminatedError
+from crystallm_jax.signals import EXIT_INTERRUPTED, StoppedError, stop_at_once
 
 VERBS = (prepare, info, train, sample, score, compile_verb, convert, download, embeddings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 failed, 2 wrong usage, 128 + n after signal n.
+    """Run one verb; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C.
 
-    Training that SIGTERM stopped, or that lost another of its processes, exits with 75: the same command goes on.
+    It is 75 after SIGTERM, and where another process of the run was lost: the same command goes on, `sample` with
+    --resume.
     """
     parser = argparse.ArgumentParser(
         prog="crystallm", description="Crystal structures from a language model of CIF text."
@@ -40,14 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_stderr()
     quiet_libtpu()
     try:
-        return parsed.run(parsed)
+        with stop_at_once():
+            return parsed.run(parsed)
     except CrystallmError as error:
         # A name with a line break would make two lines of it.
         print(f"crystallm {parsed.verb}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # noqa: T201
         return error.exit_code
-    except KeyboardInterrupt as error:
+    except StoppedError as error:
+        print(f"crystallm {parsed.verb}: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
         print(f"crystallm {parsed.verb}: interrupted", file=sys.stderr)  # noqa: T201
-        return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
+        return EXIT_INTERRUPTED
 
 
 def quiet_libtpu() -> None:

@@ -113,17 +113,15 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from crystallm_jax.models import kinds  # noqa: PLC0415 - keeps --help instant
     from crystallm_jax.models.locate import locate  # noqa: PLC0415
-    from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
 
     target: Path = arguments.target
     kind: Written = arguments.to or kinds.kind_to_write(target)
     _check(arguments, kind)
-    with terminate_as_interrupt():
-        source = locate(arguments.source)
-        model = kinds.read_to_write(source, kind=kind, weights_only=arguments.weights_only)
-        card = _told(kinds.card_of(source), arguments)
-        settings = kinds.WriteSettings(card, arguments.dtype, arguments.storage)
-        kinds.write_model(target, model, kind=kind, settings=settings)
+    source = locate(arguments.source)
+    model = kinds.read_to_write(source, kind=kind, weights_only=arguments.weights_only)
+    card = _told(kinds.card_of(source), arguments)
+    settings = kinds.WriteSettings(card, arguments.dtype, arguments.storage)
+    kinds.write_model(target, model, kind=kind, settings=settings)
     sys.stdout.write(f"{target}: {_size(target) / 1e6:,.2f} MB, {kind}\n")
     if arguments.push:
         from crystallm_jax.models.hub import push_hub  # noqa: PLC0415

@@ -76,10 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         sys.stdout.write(_as_json(source) if arguments.json else _as_table(source))
         return 0
-    from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
-
-    with terminate_as_interrupt():
-        _download(arguments, source)
+    _download(arguments, source)
     return 0
 
 

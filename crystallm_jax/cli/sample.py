@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from crystallm_jax.cli.sample_hosts import add_device_flags, joined
 from crystallm_jax.cli.sample_prompts import PROMPT_HELP, add_prompt_flags, positive, prompts_from
+from crystallm_jax.signals import stop_at_once
 
 if TYPE_CHECKING:
     from crystallm_jax.results import Summary, ValidTarget
@@ -75,7 +76,8 @@ def _add_numbers(add: Callable[..., Any]) -> None:
     add(
         "--resume",
         action="store_true",
-        help="go on with what a run with these settings left in --out, if any",
+        help="go on with what a run with these settings left in --out, if any; after SIGTERM the exit code is 75, on"
+        " which a scheduler can run the command again",
     )
 
 
@@ -151,7 +153,6 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm  # noqa: PLC0415 - keeps --help instant
 
     from crystallm_jax.evaluation import ValidatorPool  # noqa: PLC0415
-    from crystallm_jax.processes import terminate_as_interrupt  # noqa: PLC0415
     from crystallm_jax.sampling.prompts import unique_ids  # noqa: PLC0415
 
     _check(arguments)
@@ -165,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     request, target = _request(arguments), _target(arguments)
     use_all_cores(_rows(prompts, request, target))
-    with terminate_as_interrupt() as interruption, joined(arguments) as part:
+    with stop_at_once() as stop, joined(arguments) as part:
         keep_programs()
         model = load_model(arguments.model, dtype=arguments.dtype)
         own = [prompt for index, prompt in enumerate(prompts) if part.has(index)]
@@ -186,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
                 pool=pool,
                 target=target,
                 on_batch=bar.update,
-                interruption=interruption,
+                stop=stop,
                 barrier=part.barrier,
             )
     if summary is not None:

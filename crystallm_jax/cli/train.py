@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crystallm_jax.data.corpus import EMBEDDED
+from crystallm_jax.signals import stop_at_once
 
 if TYPE_CHECKING:
     from crystallm_jax.probe import ValidityProbe
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Fractions of the embedded corpus for validation and test: 3,000 crystals, some 100 of them in each.
 _EMBEDDED_SPLIT = (0.04, 0.03)
+# Before the steps and behind them there is nothing to save.
+_BETWEEN = "stopped between steps, nothing is lost; the same command goes on (existing_run=resume)"
 
 _EXAMPLE = """example:
   crystallm prepare structures.csv --out data/mine --split 0.1,0.01
@@ -65,10 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     # JAX only once the settings are good.
     from crystallm_jax.training.distributed import is_writer, join, parted, wait_for_all  # noqa: PLC0415
     from crystallm_jax.training.loop import run as train  # noqa: PLC0415
-    from crystallm_jax.training.stop import stop_at_once  # noqa: PLC0415
 
     _quiet_orbax()
-    with stop_at_once(), contextlib.ExitStack() as stack:
+    with stop_at_once(_BETWEEN), contextlib.ExitStack() as stack:
         join(config)
         stack.enter_context(parted("train"))
         if config.dataset == EMBEDDED:

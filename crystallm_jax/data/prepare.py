@@ -51,7 +51,7 @@ from crystallm_jax.data.reasons import Reasons
 from crystallm_jax.data.record import Record
 from crystallm_jax.data.store import SplitHeader, StoreHeader
 from crystallm_jax.errors import ConfigError, DataError
-from crystallm_jax.processes import Interruption, terminate_as_interrupt
+from crystallm_jax.signals import StopRequest, stop_at_once
 
 _BATCH = 16
 _BATCH_CHARACTERS = 2**20
@@ -152,10 +152,10 @@ def prepare(
         "time_limit": execution.time_limit,
         "versions": _versions(),
     }
-    with terminate_as_interrupt() as interruption, Catalogue(out_dir / WORK_FOLDER, plan) as catalogue:
+    with stop_at_once() as stop, Catalogue(out_dir / WORK_FOLDER, plan) as catalogue:
         resumed_at = _announced(catalogue)
         with closing(Progress(sources.bytes(), shown=progress)) as bar:
-            _fill(catalogue, sources, recipe, execution, bar, interruption)
+            _fill(catalogue, sources, recipe, execution, bar, stop)
         connection = catalogue.connection
         sets = select(connection, selection)
         marked = mark(connection, sets, pairs, below=selection.underrepresented_below)
@@ -223,7 +223,7 @@ def _fill(
     recipe: Recipe,
     execution: Execution,
     progress: Progress,
-    interruption: Interruption,
+    stop: StopRequest,
 ) -> None:
     """Prepare every record that the catalogue does not hold yet."""
     place = len(catalogue)
@@ -245,7 +245,7 @@ def _fill(
             if full or time.monotonic() - since > _COMMIT_SECONDS:
                 catalogue.append(rows)
                 place, rows, waiting, since = place + len(rows), [], 0, time.monotonic()
-            interruption.check()
+            stop.check()
     catalogue.append(rows)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from crystallm_jax.api import CrystalModel
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import ValidatorPool
-from crystallm_jax.processes import Interruption
 from crystallm_jax.results.folder import ResultsFolder, file_name
 from crystallm_jax.results.journal import Entry
 from crystallm_jax.results.settings import settings_of
@@ -20,6 +19,7 @@ from crystallm_jax.results.targets import TargetOrders, ValidTarget
 from crystallm_jax.results.verdicts import Verdicts
 from crystallm_jax.sampling.prompts import Prompt
 from crystallm_jax.sampling.requests import EverySample, GenerationRequest, Orders, Wanted
+from crystallm_jax.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def sample_into(
     pool: ValidatorPool,
     target: ValidTarget | None = None,
     on_batch: Callable[[int], object] | None = None,
-    interruption: Interruption | None = None,
+    stop: StopRequest | None = None,
     barrier: Callable[[str], object] | None = None,
 ) -> Summary | None:
     """Sample, validate and write; validation runs in the pool while the device goes on.
@@ -50,7 +50,7 @@ def sample_into(
         pool: validates.
         target: goes on until each prompt has so many valid samples, instead of a number of samples.
         on_batch: called with the number of samples of each batch as it is done, first of those found.
-        interruption: looked at after each batch and each verdict.
+        stop: looked at after each batch and each verdict.
         barrier: waits until all parts of the run have reached the point of this name.
 
     Returns:
@@ -73,7 +73,7 @@ def sample_into(
         folder.begin(settings)
     run = _Run(folder, model, prompts, request, settings=settings, target=target)
     try:
-        session = run.sample(pool, on_batch or _ignore, interruption or Interruption())
+        session = run.sample(pool, on_batch or _ignore, stop or StopRequest())
     except BaseException:
         run.leave()
         raise
@@ -100,9 +100,7 @@ class _Run:
         self._settings, self._target = settings, target
         self._verdicts: Verdicts | None = None
 
-    def sample(
-        self, pool: ValidatorPool, on_batch: Callable[[int], object], interruption: Interruption
-    ) -> Session:
+    def sample(self, pool: ValidatorPool, on_batch: Callable[[int], object], stop: StopRequest) -> Session:
         """Make, judge and write the samples of this part that are missing."""
         folder, prompts = self._folder, self._prompts
         lengths = [len(self._model.tokenizer.encode_cif(prompt.text)) for prompt in prompts]
@@ -119,7 +117,7 @@ class _Run:
             pool=pool,
             prompt_tokens=lengths.__getitem__,
             on_verdict=lambda entry: _tell(targets, entry),
-            interruption=interruption,
+            stop=stop,
         )
         orders: Orders = (
             EverySample(self._counts(), found) if targets is None else _AsNeeded(targets, verdicts)
@@ -141,7 +139,7 @@ class _Run:
                 verdicts.add(sample)
             verdicts.absorb()
             on_batch(len(batch))
-            interruption.check()
+            stop.check()
         verdicts.finish()
         folder.begin(self._settings)
         return session._replace(seconds=round(time.perf_counter() - started, 2))

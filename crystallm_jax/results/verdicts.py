@@ -6,11 +6,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from crystallm_jax.evaluation import Judgement, ValidatorPool
-from crystallm_jax.processes import Interruption
 from crystallm_jax.results.folder import CIF_FOLDER, SYMMETRIZED_FOLDER, ResultsFolder, file_name
 from crystallm_jax.results.journal import Entry, entry_of, judged_entry
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.prompts import Prompt
+from crystallm_jax.signals import StopRequest
 
 # Samples waiting for each worker, beyond which no further ones are taken.
 AHEAD = 64
@@ -30,7 +30,7 @@ class Verdicts:
         pool: validates.
         prompt_tokens: gives the tokens of a prompt, by its index.
         on_verdict: told of each entry.
-        interruption: looked at while waiting.
+        stop: looked at while waiting.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Verdicts:
         pool: ValidatorPool,
         prompt_tokens: Callable[[int], int],
         on_verdict: Callable[[Entry], object],
-        interruption: Interruption,
+        stop: StopRequest,
     ) -> None:
         self._folder, self._prompts, self._settings, self._pool = folder, prompts, settings, pool
-        self._prompt_tokens, self._on_verdict, self._interruption = prompt_tokens, on_verdict, interruption
+        self._prompt_tokens, self._on_verdict, self._stop = prompt_tokens, on_verdict, stop
         self._done: queue.SimpleQueue[tuple[Entry, Future[Judgement]]] = queue.SimpleQueue()
         self.pending = 0
         """Samples without a verdict."""
@@ -82,7 +82,7 @@ class Verdicts:
             SamplingError: the disk takes no more.
         """
         while self.pending:
-            self._interruption.check()
+            self._stop.check()
             try:
                 self._write(*self._done.get(timeout=_LOOK_SECONDS))
             except queue.Empty:

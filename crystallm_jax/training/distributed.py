@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from crystallm_jax.errors import ConfigError, CrystallmError
+from crystallm_jax.signals import EXIT_AGAIN, StoppedError
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.training.cluster import Plan, find_machine, make_plan
-from crystallm_jax.training.stop import EXIT_AGAIN, TrainingStoppedError
 
 # Seconds: until all must have come, until one that no longer answers is given up (and the others with it), and how
 # long those that end wait for each other.
@@ -199,8 +199,10 @@ def peers_watched(again: str = "existing_run=resume") -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # On CPUs a peer that closed its connection in order is a plain ValueError.
+        of_devices = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        if not of_devices or jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise PeerLostError(
             f"process {jax.process_index()} of {jax.process_count()} has lost another, whose own messages say why"
@@ -210,14 +212,14 @@ def peers_watched(again: str = "existing_run=resume") -> Iterator[None]:
 
 @contextlib.contextmanager
 def parted(verb: str) -> Iterator[None]:
-    """End this process at once when it alone fails: waiting for the others, it would keep them waiting."""
+    """End this process at once when it alone fails or stops: waiting for the others, it would keep them waiting."""
     try:
         yield
-    except Exception as error:
-        agreed = isinstance(error, TrainingStoppedError)
+    except (Exception, StoppedError) as error:
+        agreed = isinstance(error, StoppedError) and error.agreed
         if agreed or not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
-        if isinstance(error, CrystallmError):
+        if isinstance(error, CrystallmError | StoppedError):
             logger.error("crystallm %s: %s", verb, " ".join(str(error).splitlines()))
             code = error.exit_code
         else:

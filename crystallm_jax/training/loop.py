@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import math
 import platform
-import signal
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from crystallm_jax.errors import ConfigError
 from crystallm_jax.files import new_file
 from crystallm_jax.model import ModelConfig, count_params
 from crystallm_jax.model.compiler import use_compilation_cache
+from crystallm_jax.signals import StopRequest, stop_between
 from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.lock import sole_run
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
@@ -41,7 +41,6 @@ from crystallm_jax.training.runlog import RunLog, describe
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.start import start
 from crystallm_jax.training.step import CompiledSteps, StepMetrics, TrainState, compile_steps
-from crystallm_jax.training.stop import StopRequest, TrainingStoppedError, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
 
     Raises:
         CrystallmError: anything in the configuration, the data or the checkpoints that cannot be used.
-        TrainingStoppedError: SIGTERM or Ctrl-C, to any process, after the state was saved by all.
+        StoppedError: SIGTERM or Ctrl-C, to any process, after the state was saved by all.
         PeerLostError: another process of the run is gone.
     """
     if not config.dataset:
@@ -114,7 +113,9 @@ def run(config: TrainConfig, *, probe: Probe | None = None) -> RunResult:
         if config.eval_only or first_step >= config.max_iters or trainer.patience.exhausted:
             return trainer.evaluate_only(state, first_step)
         # Where a signal comes before, there is nothing to save.
-        stop = stack.enter_context(stop_signals(LateMaximum(mesh) if jax.process_count() > 1 else None))
+        stop = stack.enter_context(
+            stop_between(greatest=LateMaximum(mesh) if jax.process_count() > 1 else None)
+        )
         log = stack.enter_context(
             RunLog.opened(
                 config, model_config, num_params=num_params, first_step=first_step, writes=is_writer()
@@ -289,8 +290,4 @@ class _Trainer:
 
     def _end(self, step: int, stop: StopRequest) -> None:
         self.checkpoints.wait()
-        number = stop.signal_number or signal.SIGTERM
-        raise TrainingStoppedError(
-            number,
-            f"{signal.Signals(number).name}: stopped at step {step}, saved; go on with init_from=resume",
-        )
+        raise stop.stopped(f"stopped at step {step}, saved; go on with init_from=resume")
