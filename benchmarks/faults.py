@@ -176,7 +176,7 @@ def _same_states(*folders: Path) -> bool:
     import jax  # noqa: PLC0415 - the campaign itself needs none
 
     from crystallm_jax.config import load_config  # noqa: PLC0415
-    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
+    from crystallm_jax.train_run.train_config import TrainConfig  # noqa: PLC0415
     from crystallm_jax.training.checkpoint import Checkpoints  # noqa: PLC0415
     from crystallm_jax.training.sharding import make_mesh  # noqa: PLC0415
     from crystallm_jax.training.step import compile_steps  # noqa: PLC0415

@@ -22,9 +22,9 @@ from crystallm_jax.model import count_params
 from crystallm_jax.models.model import Model
 from crystallm_jax.models.parameters import flattened, params_from_named
 from crystallm_jax.models.runs import run_model_config
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER
 from crystallm_jax.train_run.status import read_lines
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.evaluate import loss_of_files
 from crystallm_jax.training.loop import run

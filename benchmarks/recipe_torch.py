@@ -26,7 +26,7 @@ from crystallm_jax.data.store import TokenStore
 from crystallm_jax.model import init_params
 from crystallm_jax.models.huggingface import write_huggingface
 from crystallm_jax.models.model import Model
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.optimizer import learning_rate_schedule
 
 

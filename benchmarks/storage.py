@@ -33,7 +33,7 @@ from crystallm_jax.data.corpus import EMBEDDED, read_corpus
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.models.npz import Storage
-from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
+from crystallm_jax.numpy_model import NumpyModel, load_numpy, save_numpy
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.devices import use_all_cores
 

@@ -23,14 +23,19 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from crystallm_jax.ahead.compile import MemoryExceededError, Report, compile_training, with_micro_batches
-from crystallm_jax.ahead.report import as_dict
-from crystallm_jax.ahead.roofline import ASSUMPTIONS
-from crystallm_jax.ahead.topology import open_slice
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.config import find_config, load_config
 from crystallm_jax.files import new_file
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.tpu_estimate.compile_ahead import (
+    MemoryExceededError,
+    Report,
+    compile_training,
+    with_micro_batches,
+)
+from crystallm_jax.tpu_estimate.estimate import as_dict
+from crystallm_jax.tpu_estimate.roofline import ASSUMPTIONS
+from crystallm_jax.tpu_estimate.topology import open_slice
+from crystallm_jax.train_run.train_config import TrainConfig
 
 _COMPILED = 2  # micro-batches; one would be no loop
 _SETTINGS = ("dropout=0", "layers=scanned", "remat=dots", "dtype=bfloat16")

@@ -21,8 +21,8 @@ from train_step_cases import MODELS, VOCAB_SIZE, Case
 
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.model import count_params, flops_per_token, init_params
-from crystallm_jax.train_run.config import TrainConfig
-from crystallm_jax.training.devices import device_peak_flops
+from crystallm_jax.train_run.train_config import TrainConfig
+from crystallm_jax.training.chips import device_peak_flops
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         SamplingError,
     )
     from crystallm_jax.evaluation import ValidityReport, match, validate
-    from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
+    from crystallm_jax.numpy_model import NumpyModel, load_numpy, save_numpy
     from crystallm_jax.samples import Sample
 
 _HOMES = {
@@ -49,7 +49,7 @@ _HOMES = {
         "SamplingError",
     ),
     "crystallm_jax.evaluation": ("ValidityReport", "match", "validate"),
-    "crystallm_jax.portable": ("NumpyModel", "load_numpy", "save_numpy"),
+    "crystallm_jax.numpy_model": ("NumpyModel", "load_numpy", "save_numpy"),
     "crystallm_jax.samples": ("Sample",),
 }
 

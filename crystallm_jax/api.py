@@ -16,14 +16,14 @@ from crystallm_jax.errors import ModelError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.config import DType
 from crystallm_jax.models.kinds import read_model
-from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt, encode_text
+from crystallm_jax.numpy_model.loaded import LoadedModel, checked_tokens, encode_prompt, encode_text
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.constrain import Level
 from crystallm_jax.sampling.generate import generate
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.requests import Completion, GenerationRequest, Orders
-from crystallm_jax.sampling.score import score_texts
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.sampling.scoring import score_texts
+from crystallm_jax.train_run.train_config import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)

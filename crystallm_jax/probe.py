@@ -14,11 +14,11 @@ from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import ValidatorPool
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.model.layout import unstacked
+from crystallm_jax.model.stacking import unstacked
 from crystallm_jax.processes import usable_cores
 from crystallm_jax.sampling.generate import default_batch_size, generate
 from crystallm_jax.sampling.requests import GenerationRequest
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 _HELD_OUT = "val"
 _TIME_LIMIT = 30.0  # seconds a text

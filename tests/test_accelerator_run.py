@@ -28,13 +28,13 @@ from crystallm_jax.data.rows import open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.model import ModelConfig, count_params, init_params
-from crystallm_jax.model.layout import stacked
+from crystallm_jax.model.stacking import stacked
 from crystallm_jax.models import Model
-from crystallm_jax.models.folder import read_folder
+from crystallm_jax.models.model_folder import read_folder
 from crystallm_jax.models.parameters import flattened
 from crystallm_jax.models.published import write_published
-from crystallm_jax.portable import NumpyModel
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.numpy_model import NumpyModel
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.optimizer import learning_rate_schedule
 from crystallm_jax.training.step import create_state
 

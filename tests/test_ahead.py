@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_jax.ahead.compile import (
+from crystallm_jax.errors import ConfigError
+from crystallm_jax.tpu_estimate.compile_ahead import (
     MemoryExceededError,
     Report,
     _exceeded,
@@ -19,16 +20,15 @@ from crystallm_jax.ahead.compile import (
     compile_training,
     with_micro_batches,
 )
-from crystallm_jax.ahead.count import Collective, Costs, convolution_flops, count_costs
-from crystallm_jax.ahead.groups import parse_groups, spanned_axes
-from crystallm_jax.ahead.hlo import parse_module, parse_shapes
-from crystallm_jax.ahead.report import as_dict, as_text
-from crystallm_jax.ahead.roofline import HOP_SECONDS, collective_seconds, predict
-from crystallm_jax.ahead.search import candidate_meshes
-from crystallm_jax.ahead.topology import Slice, closed_sides, open_slice
-from crystallm_jax.errors import ConfigError
-from crystallm_jax.train_run.config import TrainConfig
-from crystallm_jax.training.devices import DEVICES, find_device
+from crystallm_jax.tpu_estimate.count import Collective, Costs, convolution_flops, count_costs
+from crystallm_jax.tpu_estimate.estimate import as_dict, as_text
+from crystallm_jax.tpu_estimate.groups import parse_groups, spanned_axes
+from crystallm_jax.tpu_estimate.hlo import parse_module, parse_shapes
+from crystallm_jax.tpu_estimate.roofline import HOP_SECONDS, collective_seconds, predict
+from crystallm_jax.tpu_estimate.search import candidate_meshes
+from crystallm_jax.tpu_estimate.topology import Slice, closed_sides, open_slice
+from crystallm_jax.train_run.train_config import TrainConfig
+from crystallm_jax.training.chips import DEVICES, find_device
 
 V5E = next(device for device in DEVICES if device.name == "TPU v5e")
 V5P = next(device for device in DEVICES if device.name == "TPU v5p")
@@ -322,7 +322,7 @@ def test_slices_that_there_are_not_are_named(name: str, reason: str) -> None:
 
 
 def test_without_libtpu_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crystallm_jax.ahead.topology.find_spec", lambda name: None)
+    monkeypatch.setattr("crystallm_jax.tpu_estimate.topology.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install"):
         open_slice("v5e:2x2")
 

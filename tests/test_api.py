@@ -15,10 +15,10 @@ import pytest
 import crystallm_jax as cl
 from crystallm_jax.config import to_yaml
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.model import Model
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.models.model_folder import write_folder
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state

@@ -27,8 +27,8 @@ from crystallm_jax.cli import sample as sample_verb
 from crystallm_jax.data.prepare import prepare
 from crystallm_jax.data.preparing.executors import Execution
 from crystallm_jax.model import ModelConfig, init_params
-from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import write_folder
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("prepare", "train", "sample")

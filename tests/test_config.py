@@ -11,7 +11,7 @@ import pytest
 from crystallm_jax.config import find_config, load_config, to_yaml
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import ModelConfig, count_params, init_params
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

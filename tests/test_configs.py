@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from crystallm_jax.config import find_config, load_config
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.optimizer import learning_rate_schedule
 
 FOLDER = Path(__file__).parents[1] / "configs"

@@ -20,7 +20,9 @@ from crystallm_jax.config import to_yaml
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig, init_params
 from crystallm_jax.models.card import CARD_FILE, read_card
-from crystallm_jax.models.folder import (
+from crystallm_jax.models.kinds import card_of, read_model
+from crystallm_jax.models.model import Model, Moments, Training
+from crystallm_jax.models.model_folder import (
     CONFIG_FILE,
     MOMENTS_FILE,
     TRAINING_FILE,
@@ -29,14 +31,12 @@ from crystallm_jax.models.folder import (
     read_folder_training,
     write_folder,
 )
-from crystallm_jax.models.kinds import card_of, read_model
-from crystallm_jax.models.model import Model, Moments, Training
 from crystallm_jax.models.parameters import flattened
 from crystallm_jax.models.provenance import training_command
 from crystallm_jax.models.published import read_published_training
 from crystallm_jax.models.tensors import read_tensors, write_tensors
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.metrics import METRICS_FILE
+from crystallm_jax.train_run.train_config import TrainConfig
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=371, bias=True)
 

@@ -22,7 +22,7 @@ from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.signals import EXIT_AGAIN
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.distributed import LateMaximum, Share, batch_share, join
 from crystallm_jax.training.loop import run
 
@@ -85,7 +85,7 @@ import dataclasses, sys
 import jax
 from crystallm_jax.config import load_config
 from crystallm_jax.training import loop
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 
 config = load_config(TrainConfig, None, sys.argv[1:])

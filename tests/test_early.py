@@ -14,7 +14,7 @@ from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.models.kinds import read_model
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.early import Patience
 from crystallm_jax.training.loop import run
 

@@ -38,8 +38,8 @@ from crystallm_jax.embeddings.plot import plot_table, typeset
 from crystallm_jax.embeddings.vectors import DRAWN_KINDS, file_name, name_of_file
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import ModelConfig, init_params
-from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import write_folder
 
 PUBLISHED = {"atom": "atom_vectors", "digit": "number_vectors", "spacegroup": "spacegroup_vectors"}
 # Numbers of float32 as the published files write them.

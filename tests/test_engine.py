@@ -18,7 +18,7 @@ from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.engine import Engine
 from crystallm_jax.sampling.generate import generate
 from crystallm_jax.sampling.methods import SamplingMethod
-from crystallm_jax.sampling.pool import Pool
+from crystallm_jax.sampling.page_pool import Pool
 from crystallm_jax.sampling.requests import Completion, EverySample, GenerationRequest, Orders, Wanted
 
 # The shapes and batches of tests/test_sampling.py, so that the two share what is compiled.

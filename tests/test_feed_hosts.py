@@ -34,7 +34,7 @@ if hosts > 1:
 from crystallm_jax.data.feed import open_feed
 from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 

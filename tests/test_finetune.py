@@ -15,7 +15,7 @@ from crystallm_jax.data.prepare import prepare
 from crystallm_jax.data.preparing.selection import Selection
 from crystallm_jax.data.preparing.splits import Split
 from crystallm_jax.errors import ModelError
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.loop import run
 
 CRYSTALS, HELD_OUT = 16, 4

@@ -14,7 +14,7 @@ import pytest
 import crystallm_jax as cl
 from crystallm_jax.models import huggingface, npz
 from crystallm_jax.models.card import FOLDER_FORMAT, read_card
-from crystallm_jax.models.folder import read_folder_training
+from crystallm_jax.models.model_folder import read_folder_training
 from crystallm_jax.models.published import read_published_training
 from crystallm_jax.models.runs import read_run_training
 

@@ -19,12 +19,12 @@ ROOMS = (
     ("models",),
     ("training",),
     ("sampling",),
-    ("ahead",),
+    ("tpu_estimate",),
     ("evaluation",),
     ("samples",),
-    ("portable",),
+    ("numpy_model",),
     ("api",),
-    ("results", "probe", "embeddings"),
+    ("sample_run", "probe", "embeddings"),
     ("cli", "__main__"),
 )
 PLACE = {name: place for place, names in enumerate(ROOMS) for name in names}

@@ -19,10 +19,12 @@ from crystallm_jax.config import to_yaml
 from crystallm_jax.errors import CrystallmError, ModelError
 from crystallm_jax.files import new_folder
 from crystallm_jax.model import GPT, ModelConfig, init_params
-from crystallm_jax.model.layout import stacked
+from crystallm_jax.model.stacking import stacked
 from crystallm_jax.models.card import CARD_FILE, ModelCard, damage_of, read_card
 from crystallm_jax.models.crop import crop_block_size
-from crystallm_jax.models.folder import (
+from crystallm_jax.models.kinds import read_model
+from crystallm_jax.models.model import Model, Moments, Training
+from crystallm_jax.models.model_folder import (
     CONFIG_FILE,
     MOMENTS_FILE,
     TRAINING_FILE,
@@ -32,9 +34,7 @@ from crystallm_jax.models.folder import (
     read_folder_training,
     write_folder,
 )
-from crystallm_jax.models.kinds import read_model
-from crystallm_jax.models.model import Model, Moments, Training
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.step import create_state
 
@@ -94,7 +94,7 @@ def test_a_model_folder_gives_back_what_was_written(
 def test_bfloat16_is_read_where_no_jax_is_loaded(tmp_path: Path, params: Any) -> None:
     write_folder(tmp_path / "model", Model(BIASED, params), dtype="bfloat16")
     code = (
-        "import sys; from crystallm_jax.models.folder import read_folder;"
+        "import sys; from crystallm_jax.models.model_folder import read_folder;"
         f" read_folder({str(tmp_path / 'model')!r}); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

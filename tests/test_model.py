@@ -15,9 +15,9 @@ import pytest
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.attention import causal_attention, check_platform, choose_backend
-from crystallm_jax.model.layout import stacked, unstacked
 from crystallm_jax.model.linear import linear, lookup
 from crystallm_jax.model.splash import splash_causal_attention
+from crystallm_jax.model.stacking import stacked, unstacked
 from crystallm_jax.models import read_published
 
 PLAIN = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=371)

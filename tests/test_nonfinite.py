@@ -18,7 +18,7 @@ from crystallm_jax.data.feed import open_feed
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import DataError, ModelError
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training import step as step_module
 from crystallm_jax.training.loop import run
 from crystallm_jax.training.nonfinite import NonFiniteSteps

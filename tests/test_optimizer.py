@@ -18,8 +18,8 @@ import pytest
 from crystallm_jax.config import load_config
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import init_params
-from crystallm_jax.model.layout import stacked, unstacked
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.model.stacking import stacked, unstacked
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.optimizer import MATRIX_RULES, MUON_RMS, decay_mask, make_optimizer
 from crystallm_jax.training.sharding import make_mesh, path_name
@@ -143,9 +143,9 @@ _FOUR_DEVICES = """
 import json
 import jax, numpy as np
 from crystallm_jax.model import init_params
-from crystallm_jax.model.layout import stacked
+from crystallm_jax.model.stacking import stacked
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.optimizer import make_optimizer
 from crystallm_jax.training.sharding import make_mesh, state_shardings
 

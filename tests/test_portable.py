@@ -13,12 +13,12 @@ import pytest
 
 import crystallm_jax as cl
 from crystallm_jax.model.config import ModelConfig
-from crystallm_jax.models.folder import read_folder
+from crystallm_jax.models.model_folder import read_folder
 from crystallm_jax.models.published import read_published
 from crystallm_jax.models.published_names import parameter_table
-from crystallm_jax.portable import NumpyModel, load_numpy, save_numpy
-from crystallm_jax.portable.network import Network, prepare, whole_logits
-from crystallm_jax.portable.sampling import (
+from crystallm_jax.numpy_model import NumpyModel, load_numpy, save_numpy
+from crystallm_jax.numpy_model.network import Network, prepare, whole_logits
+from crystallm_jax.numpy_model.sampling import (
     Completion,
     Request,
     complete,
@@ -26,7 +26,7 @@ from crystallm_jax.portable.sampling import (
     draw,
     sample_keys,
 )
-from crystallm_jax.portable.threefry import bits, fold_in, gumbel, root_key, uniform
+from crystallm_jax.numpy_model.threefry import bits, fold_in, gumbel, root_key, uniform
 from crystallm_jax.sampling.keys import PromptKeys
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.methods import draw as jax_draw

@@ -20,10 +20,10 @@ from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model import init_params
-from crystallm_jax.model.layout import stacked
+from crystallm_jax.model.stacking import stacked
 from crystallm_jax.probe import ValidityProbe
 from crystallm_jax.sampling.requests import Completion
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training import loop
 from crystallm_jax.training.loop import RunResult
 from crystallm_jax.training.sharding import make_mesh

@@ -12,7 +12,7 @@ import pytest
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.data import Record, TokenStore, published
-from crystallm_jax.data.published import read_token_records, token_archive_splits
+from crystallm_jax.data.published_tokens import read_token_records, token_archive_splits
 from crystallm_jax.data.reading import tokenfiles
 from crystallm_jax.data.reading.tokenfiles import unpacked_folder
 from crystallm_jax.data.store import find_starts

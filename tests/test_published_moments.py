@@ -26,7 +26,7 @@ from crystallm_jax.models.published import (
 from crystallm_jax.models.published_names import optimizer_order, parameter_table
 from crystallm_jax.models.runs import read_run_training
 from crystallm_jax.models.torch_file import read_torch_file
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.loop import run
 from crystallm_jax.training.moments import moved_state

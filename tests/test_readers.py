@@ -14,7 +14,7 @@ import pytest
 
 from crystallm_jax.data import Record, read_records
 from crystallm_jax.data.readers import input_bytes, recognise
-from crystallm_jax.data.reading import tables
+from crystallm_jax.data.reading import table_files
 from crystallm_jax.errors import DataError
 
 
@@ -235,7 +235,7 @@ def test_ids_need_not_be_unique(tmp_path: Path) -> None:
 def test_a_quote_that_is_never_closed_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "LARGEST_TEXT", 2000)
+    monkeypatch.setattr(table_files, "LARGEST_TEXT", 2000)
     path = tmp_path / "x.csv"
     path.write_text('id,cif\n1,data_a\n2,"data_b\n' + "more,of,it\n" * 2000)
     with pytest.raises(DataError, match="check its quotes"):

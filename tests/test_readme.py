@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from crystallm_jax.cli import VERBS
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

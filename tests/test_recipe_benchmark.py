@@ -14,7 +14,7 @@ import pytest
 
 from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import TokenStore
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.optimizer import learning_rate_schedule
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

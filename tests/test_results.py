@@ -20,9 +20,9 @@ from crystallm_jax.data.corpus import read_corpus
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import ValidatorPool, parse_structure, validate
 from crystallm_jax.evaluation.judging import judge
-from crystallm_jax.evaluation.report import Judgement
+from crystallm_jax.evaluation.verdict import Judgement
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.results import ResultsFolder, Summary, sample_into
+from crystallm_jax.sample_run import ResultsFolder, Summary, sample_into
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.prompts import Prompt

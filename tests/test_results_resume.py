@@ -16,9 +16,9 @@ import pytest
 
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.errors import SamplingError
-from crystallm_jax.evaluation.report import Judgement, ValidityReport
+from crystallm_jax.evaluation.verdict import Judgement, ValidityReport
 from crystallm_jax.model import ModelConfig
-from crystallm_jax.results import ResultsFolder, Summary, ValidTarget, sample_into
+from crystallm_jax.sample_run import ResultsFolder, Summary, ValidTarget, sample_into
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.prompts import Prompt
 from crystallm_jax.sampling.requests import GenerationRequest, Orders, Wanted
@@ -317,7 +317,7 @@ def test_a_prompts_own_number_of_samples_goes_before_the_requests(tmp_path: Path
 
 
 def test_only_some_samples_wait_for_their_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crystallm_jax.results.verdicts.AHEAD", 4)
+    monkeypatch.setattr("crystallm_jax.sample_run.verdicts.AHEAD", 4)
     pool = Pool()
     folder, request = ResultsFolder(tmp_path), GenerationRequest(num_samples=20)
     summary = sample_into(folder, _model(), PROMPTS, request, pool=pool)

@@ -22,12 +22,12 @@ from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, CrystallmError, DataError, ModelError
 from crystallm_jax.model import init_params
-from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.kinds import read_model
 from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import write_folder
 from crystallm_jax.signals import EXIT_AGAIN, StoppedError
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.metrics import MetricsLog
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.loop import run
 from crystallm_jax.training.sharding import make_mesh

@@ -13,9 +13,9 @@ from crystallm_jax.cli import main
 from crystallm_jax.cli.run_info import report
 from crystallm_jax.cli.run_plot import averaged, curve
 from crystallm_jax.config import to_yaml
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.names import is_run
 from crystallm_jax.train_run.status import describe_run, read_lines
+from crystallm_jax.train_run.train_config import TrainConfig
 
 CONFIG = TrainConfig(dataset="data/mine", max_iters=1000, n_layer=2, n_head=2, n_embd=32)
 

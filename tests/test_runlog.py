@@ -16,8 +16,8 @@ import pytest
 
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import flops_per_token
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.metrics import read_metrics
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training import runlog
 from crystallm_jax.training.runlog import RunLog
 

@@ -15,8 +15,8 @@ import pytest
 from crystallm_jax.cif import CIFTokenizer
 from crystallm_jax.cli import main
 from crystallm_jax.model import ModelConfig, init_params
-from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import write_folder
 from crystallm_jax.signals import EXIT_AGAIN
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ import os, signal, sys
 from pathlib import Path
 import jax
 from crystallm_jax.cli import main
-from crystallm_jax.results.folder import ResultsFolder
+from crystallm_jax.sample_run.run_folder import ResultsFolder
 from crystallm_jax.training import distributed
 
 distributed.HEARTBEAT_TIMEOUT_S = 4

@@ -74,9 +74,9 @@ import jax, numpy as np
 from crystallm_jax.models.parameters import flattened
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.model.layout import unstacked
+from crystallm_jax.model.stacking import unstacked
 from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 

@@ -22,8 +22,8 @@ from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ModelError
 from crystallm_jax.models.card import read_card
-from crystallm_jax.models.folder import read_folder
 from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import read_folder
 from crystallm_jax.train_run.metrics import read_metrics
 from crystallm_jax.training import runlog
 

@@ -15,10 +15,10 @@ from crystallm_jax.model.inference import Weights, prepare_weights
 from crystallm_jax.models.published_names import parameter_table
 from crystallm_jax.sampling.constrain import Automaton
 from crystallm_jax.sampling.decode import Rules
+from crystallm_jax.sampling.device_rows import look_at
 from crystallm_jax.sampling.devices import Placement
 from crystallm_jax.sampling.engine import Ended, Engine, EngineShape, Row
 from crystallm_jax.sampling.methods import SamplingMethod
-from crystallm_jax.sampling.rows import look_at
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=128, vocab_size=12)
 LONG = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=640, vocab_size=371)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crystallm_jax.config import find_config, load_config
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"

@@ -18,7 +18,7 @@ from crystallm_jax.data.packing import Batch
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.models import read_published
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, decay_mask, learning_rate_schedule
 from crystallm_jax.training.sharding import make_mesh, parameter_specs
 from crystallm_jax.training.step import (

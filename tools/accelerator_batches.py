@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.rows import Rows
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 AHEAD = 4
 _PATIENCE_S = 0.1

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.step import TrainState
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from accelerator_parts import read_parts
 
 from crystallm_jax.models.card import ModelCard
-from crystallm_jax.models.folder import write_folder
 from crystallm_jax.models.model import Model, Training
+from crystallm_jax.models.model_folder import write_folder
 
 
 def join(folder: Path, out: Path) -> ModelCard:

@@ -8,7 +8,7 @@ from accelerator_shipment import pack_golden, pack_tokens, write_settings
 
 from crystallm_jax.config import find_config, load_config
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 RECIPE, SHAPE = "default", "small"
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size")

@@ -21,7 +21,7 @@ import numpy as np
 from crystallm_jax.data.store import TOKEN_DTYPE, TokenStore
 from crystallm_jax.errors import DataError, ModelError
 from crystallm_jax.files import new_file
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 SETTINGS_FILE, HEADER_FILE, GOLDEN_FOLDER = "settings.json", "meta.json", "golden"
 SPLITS = ("train", "val")

@@ -11,8 +11,8 @@ from crystallm_jax.data.store import read_header
 from crystallm_jax.model import ModelConfig
 from crystallm_jax.models.card import ModelCard
 from crystallm_jax.models.provenance import training_command
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.status import read_lines
+from crystallm_jax.train_run.train_config import TrainConfig
 
 LICENSE = "cc-by-4.0"
 

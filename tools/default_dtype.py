@@ -17,7 +17,7 @@ from crystallm_jax.data.packing import Batch
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.model.config import DType
 from crystallm_jax.signals import stop_between
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps, initial_state
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from crystallm_jax.models import huggingface, npz
 from crystallm_jax.models.card import FOLDER_FORMAT, ModelCard
-from crystallm_jax.models.folder import read_folder_training
 from crystallm_jax.models.kinds import WriteSettings, write_model
+from crystallm_jax.models.model_folder import read_folder_training
 
 MODELS = Path(__file__).parents[1] / "tests" / "fixtures" / "models"
 CARD = ModelCard(license="cc0-1.0", data="none to speak of", metrics={"val_loss": 5.0})

@@ -19,7 +19,7 @@ from crystallm_jax.models.crop import crop_block_size
 from crystallm_jax.models.kinds import read_model
 from crystallm_jax.models.model import Model
 from crystallm_jax.models.parameters import named_arrays
-from crystallm_jax.results import ResultsFolder, sample_into
+from crystallm_jax.sample_run import ResultsFolder, sample_into
 from crystallm_jax.sampling.constrain import Automaton, Level
 from crystallm_jax.sampling.methods import SamplingMethod
 from crystallm_jax.sampling.prompt_files import read_prompts

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from measure_default import Measured
 
     from crystallm_jax.models.model import Model
-    from crystallm_jax.train_run.config import TrainConfig
+    from crystallm_jax.train_run.train_config import TrainConfig
 
 TARGET = ROOT / "crystallm_jax" / "assets" / "default"
 MOST_BYTES = 20_000_000
@@ -127,8 +127,8 @@ def ship(given: argparse.Namespace, stop: StopRequest) -> int:
     from swap_folder import swap_folder  # noqa: PLC0415
 
     from crystallm_jax.config import load_config  # noqa: PLC0415
-    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
     from crystallm_jax.train_run.names import CONFIG_FILE  # noqa: PLC0415
+    from crystallm_jax.train_run.train_config import TrainConfig  # noqa: PLC0415
 
     branch = find_branch(given.run, given.out_dir, given.decay_iters)
     settings = load_config(TrainConfig, branch.run / CONFIG_FILE)
@@ -210,7 +210,7 @@ def export(
 
     from crystallm_jax.files import new_file  # noqa: PLC0415
     from crystallm_jax.models.card import CARD_FILE  # noqa: PLC0415
-    from crystallm_jax.models.folder import write_folder  # noqa: PLC0415
+    from crystallm_jax.models.model_folder import write_folder  # noqa: PLC0415
 
     weights, kept = better_weights(branch, Path(settings.dataset), stop)
     # Whatever arithmetic it was trained in, it is read in float32.

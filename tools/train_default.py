@@ -39,7 +39,7 @@ from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, is_checkpoint
 # JAX is imported where it is needed: the processes that prepare crystals import this file too.
 if TYPE_CHECKING:
     from crystallm_jax.model import ModelConfig
-    from crystallm_jax.train_run.config import TrainConfig
+    from crystallm_jax.train_run.train_config import TrainConfig
 
 CONFIG = ROOT / "configs" / "default.yaml"
 LOWEST_PRIORITY = 19
@@ -130,7 +130,7 @@ def train(given: argparse.Namespace) -> int:
         CrystallmError: anything that cannot be used.
     """
     from crystallm_jax.config import load_config  # noqa: PLC0415
-    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
+    from crystallm_jax.train_run.train_config import TrainConfig  # noqa: PLC0415
 
     for text in given.settings:
         if text.startswith("init_from="):

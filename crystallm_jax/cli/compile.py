@@ -11,9 +11,9 @@ from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.files import new_file
 
 if TYPE_CHECKING:
-    from crystallm_jax.ahead.compile import Report
-    from crystallm_jax.ahead.topology import Slice
-    from crystallm_jax.train_run.config import TrainConfig
+    from crystallm_jax.tpu_estimate.compile_ahead import Report
+    from crystallm_jax.tpu_estimate.topology import Slice
+    from crystallm_jax.train_run.train_config import TrainConfig
 
 _EXAMPLE = """examples:
   crystallm compile --topology v5e:2x2 --config small
@@ -69,15 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     # Whatever devices this machine has, they are not what is compiled for.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from crystallm_jax.config import find_config, load_config  # noqa: PLC0415 - keeps --help instant
-    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
+    from crystallm_jax.train_run.train_config import TrainConfig  # noqa: PLC0415
 
     if arguments.decode is not None and arguments.decode < 1:
         raise ConfigError(f"--decode {arguments.decode}: must be at least 1 row")
     path = None if arguments.config is None else find_config(arguments.config)
     config = load_config(TrainConfig, path, arguments.overrides)
 
-    from crystallm_jax.ahead.report import as_dict, as_text  # noqa: PLC0415 - JAX only once the settings are good
-    from crystallm_jax.ahead.topology import open_slice  # noqa: PLC0415
+    from crystallm_jax.tpu_estimate.estimate import as_dict, as_text  # noqa: PLC0415 - JAX only once the settings are good
+    from crystallm_jax.tpu_estimate.topology import open_slice  # noqa: PLC0415
 
     placed = open_slice(arguments.topology)
     report = _compile(config, placed, arguments)
@@ -88,9 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compile(config: "TrainConfig", placed: "Slice", arguments: argparse.Namespace) -> "Report":
-    from crystallm_jax.ahead.compile import compile_decoding, compile_training  # noqa: PLC0415
-    from crystallm_jax.ahead.search import search_meshes  # noqa: PLC0415
     from crystallm_jax.cif import CIFTokenizer  # noqa: PLC0415
+    from crystallm_jax.tpu_estimate.compile_ahead import compile_decoding, compile_training  # noqa: PLC0415
+    from crystallm_jax.tpu_estimate.search import search_meshes  # noqa: PLC0415
 
     vocab_size = CIFTokenizer().vocab_size
     if arguments.decode is not None:

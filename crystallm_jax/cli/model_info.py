@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.models.describe import ModelDescription, describe_model
+from crystallm_jax.models.description import ModelDescription, describe_model
 
 _HEAD = 13
 _WIDTH = 100

@@ -12,7 +12,7 @@ from crystallm_jax.cli.sample_prompts import PROMPT_HELP, add_prompt_flags, posi
 from crystallm_jax.signals import stop_at_once
 
 if TYPE_CHECKING:
-    from crystallm_jax.results import Summary, ValidTarget
+    from crystallm_jax.sample_run import Summary, ValidTarget
     from crystallm_jax.sampling.prompts import Prompt
     from crystallm_jax.sampling.requests import GenerationRequest
 
@@ -161,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from crystallm_jax.api import load_model  # noqa: PLC0415 - JAX only once the prompts are good
     from crystallm_jax.model.compiler import keep_programs  # noqa: PLC0415
-    from crystallm_jax.results import ResultsFolder, sample_into  # noqa: PLC0415
+    from crystallm_jax.sample_run import ResultsFolder, sample_into  # noqa: PLC0415
     from crystallm_jax.sampling.devices import use_all_cores  # noqa: PLC0415
 
     request, target = _request(arguments), _target(arguments)
@@ -266,7 +266,7 @@ def _request(arguments: argparse.Namespace) -> "GenerationRequest":
 
 
 def _target(arguments: argparse.Namespace) -> "ValidTarget | None":
-    from crystallm_jax.results import DEFAULT_TRIES, ValidTarget  # noqa: PLC0415
+    from crystallm_jax.sample_run import DEFAULT_TRIES, ValidTarget  # noqa: PLC0415
 
     if arguments.target_valid is None:
         return None

@@ -58,7 +58,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[Part]:
         ConfigError: they cannot be found or do not come.
         PeerLostError: one is gone.
     """
-    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415 - keeps --help instant
+    from crystallm_jax.train_run.train_config import TrainConfig  # noqa: PLC0415 - keeps --help instant
     from crystallm_jax.training.distributed import join, parted, peers_watched, wait_for_all  # noqa: PLC0415
 
     join(

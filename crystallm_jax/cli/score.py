@@ -121,7 +121,7 @@ def _score(model: "CrystalModel", path: str, records: "Sequence[Record]", *, giv
     import numpy as np  # noqa: PLC0415  likewise
 
     from crystallm_jax.data.preparing.pipeline import Dropped, Recipe, prepare_one  # noqa: PLC0415
-    from crystallm_jax.sampling.score import score_texts  # noqa: PLC0415
+    from crystallm_jax.sampling.scoring import score_texts  # noqa: PLC0415
 
     most = model.config.block_size + 1
     texts, problems = {}, {}

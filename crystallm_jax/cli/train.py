@@ -14,7 +14,7 @@ from crystallm_jax.signals import stop_at_once
 
 if TYPE_CHECKING:
     from crystallm_jax.probe import ValidityProbe
-    from crystallm_jax.train_run.config import TrainConfig
+    from crystallm_jax.train_run.train_config import TrainConfig
 
 # Fractions of the embedded corpus for validation and test: 3,000 crystals, some 100 of them in each.
 _EMBEDDED_SPLIT = (0.04, 0.03)
@@ -27,7 +27,7 @@ _EXAMPLE = """example:
   crystallm train --config tiny dataset=data/mine out_dir=runs/tiny init_from=resume
 
 dataset=embedded takes the corpus in the package (it is prepared into out_dir first). The keys are those of the
-published configurations; crystallm_jax/train_run/config.py describes each. Ctrl-C and SIGTERM save before they stop;
+published configurations; crystallm_jax/train_run/train_config.py describes each. Ctrl-C and SIGTERM save first;
 after SIGTERM the exit code is 75, on which a scheduler can run the command again (existing_run=resume).
 """
 
@@ -59,7 +59,7 @@ def add_parser(verbs: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     from crystallm_jax.config import find_config, load_config  # noqa: PLC0415 - keeps --help instant
-    from crystallm_jax.train_run.config import TrainConfig  # noqa: PLC0415
+    from crystallm_jax.train_run.train_config import TrainConfig  # noqa: PLC0415
 
     path = None if arguments.config is None else find_config(arguments.config)
     flags = [] if arguments.profile is None else [f"profile_steps={arguments.profile}"]

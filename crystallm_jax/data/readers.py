@@ -24,7 +24,7 @@ from crystallm_jax.data.reading.streams import (
     open_unpacked,
     unreadable,
 )
-from crystallm_jax.data.reading.tables import read_csv, read_jsonl, read_parquet, read_pickle
+from crystallm_jax.data.reading.table_files import read_csv, read_jsonl, read_parquet, read_pickle
 from crystallm_jax.data.reading.texts import cif_records, decode_cif, is_cif_name, name_id, split_blocks
 from crystallm_jax.data.record import Record
 from crystallm_jax.errors import DataError

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from crystallm_jax.evaluation.matching import match
     from crystallm_jax.evaluation.parsing import parse_structure
     from crystallm_jax.evaluation.pool import ValidatorPool, validate_many
-    from crystallm_jax.evaluation.report import Judgement, ValidityReport
     from crystallm_jax.evaluation.validity import validate
+    from crystallm_jax.evaluation.verdict import Judgement, ValidityReport
 
 __all__ = [
     "Judgement",
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Judgement": "report",
+    "Judgement": "verdict",
     "ValidatorPool": "pool",
-    "ValidityReport": "report",
+    "ValidityReport": "verdict",
     "bond_length_score": "bonds",
     "expected_bond_length": "bonds",
     "judge": "judging",

@@ -10,8 +10,8 @@ from pymatgen.core import DummySpecies, Structure
 from crystallm_jax.cif import symmetrized_cif
 from crystallm_jax.errors import CIFError
 from crystallm_jax.evaluation.parsing import describe
-from crystallm_jax.evaluation.report import Judgement, one_line
 from crystallm_jax.evaluation.validity import SYMPREC, examine
+from crystallm_jax.evaluation.verdict import Judgement, one_line
 
 # Verdicts after which looking at the structure again would be slow or futile.
 _NO_STRUCTURE = {"unparsable", "too_large", "timeout", "memory", "crashed"}

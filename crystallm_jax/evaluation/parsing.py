@@ -14,7 +14,7 @@ from pymatgen.io.cif import CifBlock, CifParser
 
 from crystallm_jax.data.reading.guards import check_lattice, check_transformation, count_sites
 from crystallm_jax.errors import CIFError
-from crystallm_jax.evaluation.report import one_line
+from crystallm_jax.evaluation.verdict import one_line
 
 MAX_CHARACTERS = 1_000_000
 MAX_LINE = 1_000  # pymatgen's pattern for quoted values takes quadratic time in the length of a line

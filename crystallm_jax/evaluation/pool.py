@@ -17,7 +17,7 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.evaluation.report import Judgement, ValidityReport, failed
+from crystallm_jax.evaluation.verdict import Judgement, ValidityReport, failed
 from crystallm_jax.processes import SPAWN, usable_cores
 
 GRACE = 5.0  # seconds; validate itself should end first, with a fuller report

@@ -23,7 +23,7 @@ from crystallm_jax.evaluation.parsing import (
     describe,
     parse_blocks,
 )
-from crystallm_jax.evaluation.report import ValidityReport, one_line
+from crystallm_jax.evaluation.verdict import ValidityReport, one_line
 
 SYMPREC = 0.1  # Å
 LENGTHS = (0.5, 1000.0)  # Å

@@ -23,8 +23,8 @@ from crystallm_jax.model.axes import split_by_rows
 from crystallm_jax.model.blocked import ATTENTION_RESIDUALS
 from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.elementwise import LayerNorm, gelu
-from crystallm_jax.model.layout import stacked
 from crystallm_jax.model.linear import LINEAR_OUTPUT, Linear, lookup, tied_logits
+from crystallm_jax.model.stacking import stacked
 
 # GPT-2's initialisation (Radford et al. 2019); branches that add to the residual stream start smaller.
 INIT_STD = 0.02

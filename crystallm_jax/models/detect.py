@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from crystallm_jax.errors import ModelError
-from crystallm_jax.models.folder import is_folder
+from crystallm_jax.models.model_folder import is_folder
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, is_checkpoint
 
 # `published`: a PyTorch checkpoint; `archive`: a tar of one; `safetensors`: tensors without their configuration;

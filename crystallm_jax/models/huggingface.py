@@ -19,9 +19,9 @@ from crystallm_jax.cif.vocabulary import TOKENS, UNK_TOKEN
 from crystallm_jax.errors import ConfigError, ModelError
 from crystallm_jax.files import new_folder
 from crystallm_jax.model.config import DType, ModelConfig
-from crystallm_jax.models.folder import FloatType, check_new
 from crystallm_jax.models.hf_tokenizer import read_json, read_vocabulary, rows_of_tokens, tokenizer_files
 from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import FloatType, check_new
 from crystallm_jax.models.parameters import named_arrays, nested, parameter_value
 from crystallm_jax.models.published_names import ParameterEntry, parameter_table
 from crystallm_jax.models.tensors import read_tensors, write_tensors

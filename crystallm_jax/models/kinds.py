@@ -11,7 +11,10 @@ from crystallm_jax.artifacts import model_archives
 from crystallm_jax.errors import ModelError
 from crystallm_jax.models.card import ModelCard, read_card
 from crystallm_jax.models.detect import Kind, kind_of
-from crystallm_jax.models.folder import (
+from crystallm_jax.models.huggingface import read_huggingface, write_huggingface
+from crystallm_jax.models.locate import DEFAULT_NAME, locate, read_archive
+from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import (
     WEIGHTS_FILE,
     Storage,
     check_new,
@@ -19,9 +22,6 @@ from crystallm_jax.models.folder import (
     read_folder_training,
     write_folder,
 )
-from crystallm_jax.models.huggingface import read_huggingface, write_huggingface
-from crystallm_jax.models.locate import DEFAULT_NAME, locate, read_archive
-from crystallm_jax.models.model import Model
 from crystallm_jax.models.npz import StoredType, read_npz, write_npz
 from crystallm_jax.models.provenance import card_of_run
 from crystallm_jax.models.published import read_published, read_published_training, write_published

@@ -10,9 +10,9 @@ from crystallm_jax.errors import ModelError
 from crystallm_jax.files import scratch_folder
 from crystallm_jax.models.card import ModelCard
 from crystallm_jax.models.detect import kind_of
-from crystallm_jax.models.folder import WEIGHTS_FILE, is_folder, write_folder
 from crystallm_jax.models.hub import fetch_hub
 from crystallm_jax.models.model import Model
+from crystallm_jax.models.model_folder import WEIGHTS_FILE, is_folder, write_folder
 from crystallm_jax.models.published import read_published
 
 DEFAULT_NAME = "default"

@@ -11,9 +11,9 @@ from crystallm_jax.errors import CrystallmError, DataError
 from crystallm_jax.models.card import ModelCard
 from crystallm_jax.models.locate import bare_name
 from crystallm_jax.models.runs import run_of
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.metrics import METRICS_FILE, read_metrics
 from crystallm_jax.train_run.names import CONFIG_FILE
+from crystallm_jax.train_run.train_config import TrainConfig
 
 # Of where and how a run was carried out, not of what it is.
 _OF_THE_MACHINE = {

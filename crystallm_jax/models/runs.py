@@ -12,8 +12,8 @@ from crystallm_jax.models.checkpoints import SavedCheckpoints
 from crystallm_jax.models.locate import bare_name
 from crystallm_jax.models.model import Model, Moments, Training, Tree
 from crystallm_jax.models.parameters import flattened, params_from_named
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE, is_checkpoint
+from crystallm_jax.train_run.train_config import TrainConfig
 
 # Where optax's Adam keeps its state in the optimiser's: what has moments comes first.
 _ADAM = ("opt_state", "0")

@@ -16,8 +16,8 @@ from crystallm_jax.model.config import ModelConfig
 from crystallm_jax.model.inference import Weights, read_columns
 from crystallm_jax.model.pages import Log, Pages, PageTable, attend_pages
 from crystallm_jax.sampling.constrain import Automaton, advance, allowed
+from crystallm_jax.sampling.device_rows import RowState
 from crystallm_jax.sampling.methods import SamplingMethod, draw
-from crystallm_jax.sampling.rows import RowState
 
 # A CPU's fused kernels compute what a product reads anew for each of its tiles: a step without them is 1.4 times as
 # fast.

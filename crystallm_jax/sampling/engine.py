@@ -17,11 +17,7 @@ from crystallm_jax.model.inference import Weights
 from crystallm_jax.model.pages import empty_log, log_pages
 from crystallm_jax.sampling.constrain import AutomatonState, RowPlan, idle_state, stacked
 from crystallm_jax.sampling.decode import Rules, decoder
-from crystallm_jax.sampling.devices import Placement
-from crystallm_jax.sampling.pool import Pool
-from crystallm_jax.sampling.reader import Read, Reader, by_reading
-from crystallm_jax.sampling.returns import CELL, History, go_back_each
-from crystallm_jax.sampling.rows import (
+from crystallm_jax.sampling.device_rows import (
     NewRows,
     begin_rows,
     empty_rows,
@@ -32,6 +28,10 @@ from crystallm_jax.sampling.rows import (
     return_to_sites,
     take_rows_back,
 )
+from crystallm_jax.sampling.devices import Placement
+from crystallm_jax.sampling.page_pool import Pool
+from crystallm_jax.sampling.reader import Read, Reader, by_reading
+from crystallm_jax.sampling.returns import CELL, History, go_back_each
 from crystallm_jax.sampling.shapes import padded, padded_rows
 
 _log_pages = jax.jit(log_pages)

@@ -14,8 +14,8 @@ import numpy as np
 
 from crystallm_jax.model import GPT, ModelConfig
 from crystallm_jax.sampling.decode import Rules, append_drawn
+from crystallm_jax.sampling.device_rows import RowState, empty_rows, look_at
 from crystallm_jax.sampling.engine import Ended
-from crystallm_jax.sampling.rows import RowState, empty_rows, look_at
 
 
 def slide(

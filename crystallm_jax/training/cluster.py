@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 _PORTS = 1 << 16
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from crystallm_jax.errors import ConfigError, CrystallmError
 from crystallm_jax.signals import EXIT_AGAIN, StoppedError
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.cluster import Plan, find_machine, make_plan
 
 # Seconds: until all must have come, until one that no longer answers is given up (and the others with it), and how

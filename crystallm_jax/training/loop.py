@@ -20,9 +20,9 @@ from crystallm_jax.files import new_file
 from crystallm_jax.model import ModelConfig, count_params
 from crystallm_jax.model.compiler import use_compilation_cache
 from crystallm_jax.signals import StopRequest, stop_between
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.lock import sole_run
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.batches import PlacedBatches
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.distributed import (

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 
 from crystallm_jax.errors import ModelError
-from crystallm_jax.model.layout import stacked
+from crystallm_jax.model.stacking import stacked
 from crystallm_jax.models.model import Model, Training, Tree
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.step import CompiledSteps, TrainState
 
 

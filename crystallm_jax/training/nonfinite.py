@@ -11,7 +11,7 @@ import numpy as np
 from crystallm_jax.data.feed import Feed
 from crystallm_jax.errors import DataError, ModelError
 from crystallm_jax.files import new_file
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.step import StepMetrics
 
 # Steps of which a line tells and whose records are written out; those after them are only counted.

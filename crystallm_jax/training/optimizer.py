@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.sharding import match_rule, path_name
 
 # Weights of linear layers decay. Embeddings (the output layer with them), LayerNorms and biases do not. Layers have

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from crystallm_jax.model import ModelConfig, flops_per_token
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.metrics import METRICS_FILE, MetricsLog
-from crystallm_jax.training.devices import device_peak_flops
+from crystallm_jax.train_run.train_config import TrainConfig
+from crystallm_jax.training.chips import device_peak_flops
 from crystallm_jax.training.memory import memory_use
 from crystallm_jax.training.profiling import PROFILE_FOLDER, Profile
 from crystallm_jax.training.trackers import Trackers

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.model.axes import BATCH_AXES, DATA, FSDP, TENSOR
-from crystallm_jax.model.layout import STACKED
+from crystallm_jax.model.stacking import STACKED
 
 # Kernels are split over `fsdp` along the side that is the residual stream, and over `tensor` along the other: heads, or
 # hidden units of the MLP. What is small stays whole on every device: embeddings (1 % of the large model; a lookup in

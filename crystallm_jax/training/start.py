@@ -12,9 +12,9 @@ from crystallm_jax.models.crop import crop_block_size, crop_training
 from crystallm_jax.models.kinds import read_model, read_training
 from crystallm_jax.models.locate import locate
 from crystallm_jax.models.runs import run_of
-from crystallm_jax.train_run.config import TrainConfig
 from crystallm_jax.train_run.metrics import METRICS_FILE
 from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.moments import moved_state
 from crystallm_jax.training.step import CompiledSteps, TrainState, initial_state

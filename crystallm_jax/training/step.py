@@ -13,8 +13,8 @@ from crystallm_jax.data.packing import Batch
 from crystallm_jax.model import GPT, ModelConfig, init_params
 from crystallm_jax.model.attention import check_platform
 from crystallm_jax.model.compiler import step_options
-from crystallm_jax.model.layout import stacked
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.model.stacking import stacked
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.optimizer import clip_by_norm, learning_rate_schedule, make_optimizer
 from crystallm_jax.training.sharding import (
     BATCH,

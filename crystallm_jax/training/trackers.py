@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.files import new_file
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.train_run.train_config import TrainConfig
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb_id"

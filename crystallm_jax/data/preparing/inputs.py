@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crystallm_jax.data.corpus import EMBEDDED, corpus_path
-from crystallm_jax.data.published import read_token_records, token_archive_splits
+from crystallm_jax.data.published_tokens import read_token_records, token_archive_splits
 from crystallm_jax.data.readers import cif_files, file_status, input_bytes, read_records, recognise
 from crystallm_jax.data.reading.texts import printable
 from crystallm_jax.data.record import Record

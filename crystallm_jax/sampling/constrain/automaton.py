@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from crystallm_jax.errors import SamplingError
-from crystallm_jax.sampling.constrain.layout import Level
 from crystallm_jax.sampling.constrain.plan import plan_row
 from crystallm_jax.sampling.constrain.state import AutomatonState, RowPlan, empty_row
+from crystallm_jax.sampling.constrain.text_layout import Level
 
 
 @dataclass(frozen=True)

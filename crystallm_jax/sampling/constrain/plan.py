@@ -12,7 +12,10 @@ from crystallm_jax.cif.formula import cell_formula, parse_formula
 from crystallm_jax.cif.vocabulary import SPACEGROUP_SUFFIX, SPACEGROUP_TAG, SPACEGROUPS, TOKENS
 from crystallm_jax.errors import CIFError, SamplingError
 from crystallm_jax.sampling.constrain.costs import sites_cost
-from crystallm_jax.sampling.constrain.layout import (
+from crystallm_jax.sampling.constrain.nodes import KINDS, TOKEN_ID, Kind, Node, token_set
+from crystallm_jax.sampling.constrain.sites import Counts, SitePlan, groups_within, plan_sites
+from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, AutomatonState, RowPlan, empty_row
+from crystallm_jax.sampling.constrain.text_layout import (
     REPEAT_TOKEN,
     WITH_GROUP,
     Layout,
@@ -21,9 +24,6 @@ from crystallm_jax.sampling.constrain.layout import (
     before_group,
     lay_out,
 )
-from crystallm_jax.sampling.constrain.nodes import KINDS, TOKEN_ID, Kind, Node, token_set
-from crystallm_jax.sampling.constrain.sites import Counts, SitePlan, groups_within, plan_sites
-from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, AutomatonState, RowPlan, empty_row
 
 _BEGINNING = re.compile(
     rf"data_(?:([A-Za-z0-9.]+)\n(?:loop_\n([\s\S]*?){SPACEGROUP_TAG} +(\S+){SPACEGROUP_SUFFIX}(\n?))?)?"

@@ -18,7 +18,9 @@ from crystallm_jax.cif.occupations import (
 from crystallm_jax.cif.vocabulary import SPACEGROUPS
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.sampling.constrain.costs import ROW_COST, sites_cost
-from crystallm_jax.sampling.constrain.layout import (
+from crystallm_jax.sampling.constrain.nodes import DECIMALS, TOKEN_ID
+from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, MAX_MULTIPLICITIES, MOST_SITES, TABLE_SIZE
+from crystallm_jax.sampling.constrain.text_layout import (
     WITH_GROUP,
     Level,
     after_group,
@@ -27,8 +29,6 @@ from crystallm_jax.sampling.constrain.layout import (
     lay_out,
     site_levels,
 )
-from crystallm_jax.sampling.constrain.nodes import DECIMALS, TOKEN_ID
-from crystallm_jax.sampling.constrain.state import MAX_ELEMENTS, MAX_MULTIPLICITIES, MOST_SITES, TABLE_SIZE
 
 _MAX_TABLE_SITES = 254
 _NAMED = 4

@@ -9,8 +9,8 @@ from typing import Any
 
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.files import new_file, remove_leftovers, write_errors
-from crystallm_jax.results.journal import Entry, Journal, read_entries
-from crystallm_jax.results.settings import difference
+from crystallm_jax.sample_run.journal import Entry, Journal, read_entries
+from crystallm_jax.sample_run.settings import difference
 from crystallm_jax.sampling.prompts import Prompt
 
 CIF_FOLDER = "cifs"

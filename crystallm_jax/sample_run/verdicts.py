@@ -6,8 +6,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from crystallm_jax.evaluation import Judgement, ValidatorPool
-from crystallm_jax.results.folder import CIF_FOLDER, SYMMETRIZED_FOLDER, ResultsFolder, file_name
-from crystallm_jax.results.journal import Entry, entry_of, judged_entry
+from crystallm_jax.sample_run.journal import Entry, entry_of, judged_entry
+from crystallm_jax.sample_run.run_folder import CIF_FOLDER, SYMMETRIZED_FOLDER, ResultsFolder, file_name
 from crystallm_jax.samples import Sample
 from crystallm_jax.sampling.prompts import Prompt
 from crystallm_jax.signals import StopRequest

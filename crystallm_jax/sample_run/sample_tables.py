@@ -12,15 +12,15 @@ import numpy as np
 
 from crystallm_jax.cif import CIFError
 from crystallm_jax.cif.postprocess import named_spacegroup
-from crystallm_jax.results.folder import (
+from crystallm_jax.sample_run.journal import Entry, parse_entry, read_entries
+from crystallm_jax.sample_run.run_folder import (
     CIF_FOLDER,
     STRUCTURES_FILE,
     TABLE_FILE,
     ResultsFolder,
     file_name,
 )
-from crystallm_jax.results.journal import Entry, parse_entry, read_entries
-from crystallm_jax.results.targets import ValidTarget
+from crystallm_jax.sample_run.targets import ValidTarget
 from crystallm_jax.sampling.prompts import Prompt
 
 _VERDICTS = (

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from crystallm_jax.api import CrystalModel
-from crystallm_jax.results.targets import ValidTarget
+from crystallm_jax.sample_run.targets import ValidTarget
 from crystallm_jax.sampling.prompts import Prompt
 from crystallm_jax.sampling.requests import GenerationRequest
 

@@ -10,8 +10,8 @@ import numpy as np
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.models.card import ModelCard, damage_of
 from crystallm_jax.models.detect import kind_of
-from crystallm_jax.models.folder import MOMENTS_FILE
 from crystallm_jax.models.kinds import card_of, read_model
+from crystallm_jax.models.model_folder import MOMENTS_FILE
 from crystallm_jax.models.parameters import flattened
 
 

@@ -8,9 +8,9 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 
-from crystallm_jax.ahead.groups import Groups, parse_groups
-from crystallm_jax.ahead.hlo import Computation, Instruction, Module, Shape
-from crystallm_jax.ahead.loops import Scope, trip_count
+from crystallm_jax.tpu_estimate.groups import Groups, parse_groups
+from crystallm_jax.tpu_estimate.hlo import Computation, Instruction, Module, Shape
+from crystallm_jax.tpu_estimate.loops import Scope, trip_count
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # A float32 product is made of bfloat16 ones on a TPU: so many at each precision (jax.lax.Precision).

@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.training.devices import DEVICES, Device, find_device
+from crystallm_jax.training.chips import DEVICES, Device, find_device
 
 _NAME = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){1,2})")
 # What the compiler's library asks of the machine that it believes to be on; any answer will do.

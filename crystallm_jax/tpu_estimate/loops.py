@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from crystallm_jax.ahead.hlo import Computation, Instruction, Module
+from crystallm_jax.tpu_estimate.hlo import Computation, Instruction, Module
 
 # Instructions through which a value passes unchanged.
 _SAME = {"copy", "bitcast", "convert", "opt-barrier", "copy-done", "copy-start"}

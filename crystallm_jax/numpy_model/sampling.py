@@ -15,8 +15,8 @@ import numpy as np
 
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.model.config import ModelConfig
-from crystallm_jax.portable.network import Cache, Network, Reading, empty_cache, read_text, step
-from crystallm_jax.portable.threefry import fold_in, gumbel, root_key
+from crystallm_jax.numpy_model.network import Cache, Network, Reading, empty_cache, read_text, step
+from crystallm_jax.numpy_model.threefry import fold_in, gumbel, root_key
 
 # Rows decoded together unless told: what fills a processor, and keys and values of so many bytes at most.
 _MOST_ROWS, _CACHE_BYTES = 32, 1 << 30

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from crystallm_jax.errors import SamplingError
-from crystallm_jax.results.folder import RUN_FILE, ResultsFolder
-from crystallm_jax.results.tables import Totals
+from crystallm_jax.sample_run.run_folder import RUN_FILE, ResultsFolder
+from crystallm_jax.sample_run.sample_tables import Totals
 
 
 class Session(NamedTuple):

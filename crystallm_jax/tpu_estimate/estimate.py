@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from crystallm_jax.ahead.compile import Report
-from crystallm_jax.ahead.roofline import ASSUMPTIONS
+from crystallm_jax.tpu_estimate.compile_ahead import Report
+from crystallm_jax.tpu_estimate.roofline import ASSUMPTIONS
 
 _GIB = 1024**3
 

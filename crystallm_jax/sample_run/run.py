@@ -10,13 +10,13 @@ from typing import Any
 from crystallm_jax.api import CrystalModel
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.evaluation import ValidatorPool
-from crystallm_jax.results.folder import ResultsFolder, file_name
-from crystallm_jax.results.journal import Entry
-from crystallm_jax.results.settings import settings_of
-from crystallm_jax.results.summary import Session, Summary, read_summary, write_summary
-from crystallm_jax.results.tables import Index, read_index, write_tables
-from crystallm_jax.results.targets import TargetOrders, ValidTarget
-from crystallm_jax.results.verdicts import Verdicts
+from crystallm_jax.sample_run.journal import Entry
+from crystallm_jax.sample_run.run_folder import ResultsFolder, file_name
+from crystallm_jax.sample_run.sample_tables import Index, read_index, write_tables
+from crystallm_jax.sample_run.settings import settings_of
+from crystallm_jax.sample_run.summary import Session, Summary, read_summary, write_summary
+from crystallm_jax.sample_run.targets import TargetOrders, ValidTarget
+from crystallm_jax.sample_run.verdicts import Verdicts
 from crystallm_jax.sampling.prompts import Prompt
 from crystallm_jax.sampling.requests import EverySample, GenerationRequest, Orders, Wanted
 from crystallm_jax.signals import StopRequest

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from crystallm_jax.ahead.compile import MemoryExceededError, Report, compile_training
-from crystallm_jax.ahead.topology import Slice
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.tpu_estimate.compile_ahead import MemoryExceededError, Report, compile_training
+from crystallm_jax.tpu_estimate.topology import Slice
+from crystallm_jax.train_run.train_config import TrainConfig
 
 _TENSOR_SIZES = (1, 2, 4)
 

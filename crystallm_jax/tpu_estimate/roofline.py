@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crystallm_jax.ahead.count import Collective, Costs
-from crystallm_jax.ahead.topology import Slice
+from crystallm_jax.tpu_estimate.count import Collective, Costs
+from crystallm_jax.tpu_estimate.topology import Slice
 
 # Of a message over one link (J. Austin et al., How to Scale Your Model, 2025: about a microsecond).
 HOP_SECONDS = 1e-6

@@ -13,11 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from crystallm_jax.ahead.count import Costs, count_costs, count_round
-from crystallm_jax.ahead.groups import Groups, spanned_axes
-from crystallm_jax.ahead.hlo import Module, parse_module
-from crystallm_jax.ahead.roofline import Prediction, collective_seconds, predict
-from crystallm_jax.ahead.topology import Slice
 from crystallm_jax.data.packing import Batch
 from crystallm_jax.errors import ModelError
 from crystallm_jax.model import ModelConfig, count_params, flops_per_token, init_params
@@ -25,12 +20,17 @@ from crystallm_jax.model.attention import choose_backend
 from crystallm_jax.model.inference import prepare_weights
 from crystallm_jax.model.pages import PageTable, empty_log, empty_pages
 from crystallm_jax.sampling.decode import Rules, decoder
+from crystallm_jax.sampling.device_rows import empty_rows
 from crystallm_jax.sampling.devices import placements
 from crystallm_jax.sampling.generate import page_size
 from crystallm_jax.sampling.methods import SamplingMethod
-from crystallm_jax.sampling.pool import pages_of_longest
-from crystallm_jax.sampling.rows import empty_rows
-from crystallm_jax.train_run.config import TrainConfig
+from crystallm_jax.sampling.page_pool import pages_of_longest
+from crystallm_jax.tpu_estimate.count import Costs, count_costs, count_round
+from crystallm_jax.tpu_estimate.groups import Groups, spanned_axes
+from crystallm_jax.tpu_estimate.hlo import Module, parse_module
+from crystallm_jax.tpu_estimate.roofline import Prediction, collective_seconds, predict
+from crystallm_jax.tpu_estimate.topology import Slice
+from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import compile_steps
 

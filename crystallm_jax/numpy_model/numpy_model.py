@@ -11,9 +11,9 @@ import numpy as np
 from crystallm_jax.errors import SamplingError
 from crystallm_jax.models.model import Model
 from crystallm_jax.models.npz import StoredType, read_npz, write_npz
-from crystallm_jax.portable.loaded import LoadedModel, checked_tokens, encode_prompt
-from crystallm_jax.portable.network import Network, prepare, whole_logits
-from crystallm_jax.portable.sampling import Completion, Request, complete
+from crystallm_jax.numpy_model.loaded import LoadedModel, checked_tokens, encode_prompt
+from crystallm_jax.numpy_model.network import Network, prepare, whole_logits
+from crystallm_jax.numpy_model.sampling import Completion, Request, complete
 from crystallm_jax.samples import Sample
 
 # Tokens read at once at most by `logits`, for its attention takes memory in their square.

@@ -1,9 +1,0 @@
-"""The folder of a sampling run: CIFs, tables, structures for other programs, and how they came about."""
-
-from crystallm_jax.results.folder import ResultsFolder
-from crystallm_jax.results.run import sample_into
-from crystallm_jax.results.summary import Session, Summary
-from crystallm_jax.results.tables import Totals
-from crystallm_jax.results.targets import DEFAULT_TRIES, ValidTarget
-
-__all__ = ["DEFAULT_TRIES", "ResultsFolder", "Session", "Summary", "Totals", "ValidTarget", "sample_into"]
