@@ -128,6 +128,8 @@ def test_what_is_near_is_found_in_skewed_cells_too() -> None:
         ("P6_3/mmc", 6, (0.2, 0.4, 0.25), (False, False, False)),
         # Coordinates that were rounded: pymatgen reads twice as many atoms.
         ("P6_3/mmc", 6, (0.2, 0.4001, 0.25), (False, False, True)),
+        # Here the images are near enough to be one, but elsewhere in the cell they are not.
+        ("R-3c", 18, (0.2473, 0.9139, 0.0833), (False, False, True)),
         # Beside a mirror, not on it.
         ("Pnma", 8, (0.1, 0.26, 0.3), (True, False, False)),
     ],
@@ -135,7 +137,7 @@ def test_what_is_near_is_found_in_skewed_cells_too() -> None:
 def test_a_site_has_the_multiplicity_that_it_states(
     group: str, multiplicity: int, point: tuple[float, float, float], expected: tuple[bool, ...]
 ) -> None:
-    angles = (90, 90, 120) if group.startswith("P6") else (90, 90, 90)
+    angles = (90, 90, 120) if group.startswith(("P6", "R")) else (90, 90, 90)
     crystal = Crystal(group, (12, 12, 12, *angles), [("He", multiplicity, point)])
     assert _verdicts([crystal], [0]) == [expected]
 

@@ -30,6 +30,8 @@ _THIRDS = np.array([3333, 3334, 6666, 6667], np.int32)
 _SAME = UNIT
 # Images this near are one atom whose coordinates were rounded.
 _ROUNDED = 2 * UNIT
+# Numbers of the groups on hexagonal axes; in all others rotations exchange coordinates and turn their signs.
+_HEXAGONAL = (143, 194)
 
 
 class Operations(NamedTuple):
@@ -179,7 +181,10 @@ def _compare(
     apart = (point[:, None] - images + CELL // 2) % CELL - CELL // 2
     largest = jnp.max(jnp.abs(apart), axis=2)
     itself = (pair.site == pair.other)[:, None] & real
-    same, rounded = itself & (largest < _SAME), itself & (largest <= _ROUNDED)
+    # Of two images of one atom elsewhere in a hexagonal cell, x of one may differ as x - y does here.
+    hexagonal = (number >= _HEXAGONAL[0]) & (number <= _HEXAGONAL[1])
+    turned = jnp.where(hexagonal[:, None], jnp.abs(apart[..., 0] - apart[..., 1]), 0)
+    same, rounded = itself & (jnp.maximum(largest, turned) < _SAME), itself & (largest <= _ROUNDED)
     least = _least_distance(state, pair)
     steps = apart.astype(jnp.float32) / CELL
     toward = jnp.where(steps > 0, -1.0, 1.0)
