@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from crystallm_jax.errors import ConfigError
+from crystallm_jax.hosts.cluster import Machine, Plan, find_machine, make_plan
 from crystallm_jax.train_run.train_config import TrainConfig
-from crystallm_jax.training.cluster import Machine, Plan, find_machine, make_plan
 
 # SLURM's variables in a task: here the second of four, two on each of two nodes.
 SLURM = {

@@ -21,9 +21,9 @@ from crystallm_jax.data.preparing.writer import StoreWriter
 from crystallm_jax.data.rows import evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError, DataError
+from crystallm_jax.hosts.distributed import LateMaximum, Share, batch_share, join
 from crystallm_jax.signals import EXIT_AGAIN
 from crystallm_jax.train_run.train_config import TrainConfig
-from crystallm_jax.training.distributed import LateMaximum, Share, batch_share, join
 from crystallm_jax.training.loop import run
 
 ROOT = Path(__file__).parents[1]

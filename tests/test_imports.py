@@ -15,6 +15,7 @@ ROOMS = (
     ("data",),
     ("artifacts",),
     ("model",),
+    ("hosts",),
     ("train_run",),
     ("models",),
     ("training",),

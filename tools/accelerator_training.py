@@ -23,13 +23,13 @@ from accelerator_shipment import Shipment
 from crystallm_jax.data.rows import Rows, open_rows
 from crystallm_jax.errors import ModelError
 from crystallm_jax.files import new_file
+from crystallm_jax.hosts.distributed import Share
 from crystallm_jax.model import ModelConfig, count_params, flops_per_token
 from crystallm_jax.signals import StopRequest, stop_between
 from crystallm_jax.train_run.lock import sole_run
 from crystallm_jax.train_run.train_config import TrainConfig
 from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.chips import device_peak_flops
-from crystallm_jax.training.distributed import Share
 from crystallm_jax.training.evaluate import Evaluator
 from crystallm_jax.training.sharding import make_mesh
 from crystallm_jax.training.step import CompiledSteps, StepMetrics, TrainState, compile_steps, initial_state

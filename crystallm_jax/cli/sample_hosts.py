@@ -28,6 +28,17 @@ class Part:
         return prompt_index % self.count == self.number
 
 
+@dataclass(frozen=True)
+class _Hosts:
+    """What the flags say of the processes of the run, as `hosts.cluster.JoinSettings` has it."""
+
+    distributed: str
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    local_device_ids: str | None
+
+
 def add_device_flags(add: Callable[..., Any]) -> None:
     """Add the flags, whose meaning is that of the keys of training."""
     add(
@@ -58,16 +69,15 @@ def joined(arguments: argparse.Namespace) -> Iterator[Part]:
         ConfigError: they cannot be found or do not come.
         PeerLostError: one is gone.
     """
-    from crystallm_jax.train_run.train_config import TrainConfig  # noqa: PLC0415 - keeps --help instant
-    from crystallm_jax.training.distributed import join, parted, peers_watched, wait_for_all  # noqa: PLC0415
+    from crystallm_jax.hosts.distributed import join, parted, peers_watched, wait_for_all  # noqa: PLC0415
 
     join(
-        TrainConfig(
-            distributed=arguments.distributed,
-            coordinator_address=arguments.coordinator_address,
-            num_processes=arguments.num_processes,
-            process_id=arguments.process_id,
-            local_device_ids=arguments.local_device_ids,
+        _Hosts(
+            arguments.distributed,
+            arguments.coordinator_address,
+            arguments.num_processes,
+            arguments.process_id,
+            arguments.local_device_ids,
         )
     )
     import jax  # noqa: PLC0415

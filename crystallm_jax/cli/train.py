@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(TrainConfig, path, [*arguments.overrides, *flags])
 
     # JAX only once the settings are good.
-    from crystallm_jax.training.distributed import is_writer, join, parted, wait_for_all  # noqa: PLC0415
+    from crystallm_jax.hosts.distributed import is_writer, join, parted, wait_for_all  # noqa: PLC0415
     from crystallm_jax.training.loop import run as train  # noqa: PLC0415
 
     _quiet_orbax()

@@ -9,9 +9,9 @@ import numpy as np
 
 from crystallm_jax.data.rows import Rows, evaluation_batches, open_rows
 from crystallm_jax.data.store import TokenStore
+from crystallm_jax.hosts.distributed import Share, sum_of_all
 from crystallm_jax.models.model import Model
 from crystallm_jax.train_run.train_config import TrainConfig
-from crystallm_jax.training.distributed import Share, sum_of_all
 from crystallm_jax.training.step import CompiledSteps, batch_loss
 
 

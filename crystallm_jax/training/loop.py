@@ -17,15 +17,7 @@ from crystallm_jax.data.feed import Feed, open_feed
 from crystallm_jax.data.store import TokenStore
 from crystallm_jax.errors import ConfigError
 from crystallm_jax.files import new_file
-from crystallm_jax.model import ModelConfig, count_params
-from crystallm_jax.model.compiler import use_compilation_cache
-from crystallm_jax.signals import StopRequest, stop_between
-from crystallm_jax.train_run.lock import sole_run
-from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
-from crystallm_jax.train_run.train_config import TrainConfig
-from crystallm_jax.training.batches import PlacedBatches
-from crystallm_jax.training.checkpoint import Checkpoints
-from crystallm_jax.training.distributed import (
+from crystallm_jax.hosts.distributed import (
     LateMaximum,
     Share,
     batch_share,
@@ -34,6 +26,14 @@ from crystallm_jax.training.distributed import (
     peers_watched,
     wait_for_all,
 )
+from crystallm_jax.model import ModelConfig, count_params
+from crystallm_jax.model.compiler import use_compilation_cache
+from crystallm_jax.signals import StopRequest, stop_between
+from crystallm_jax.train_run.lock import sole_run
+from crystallm_jax.train_run.names import CHECKPOINTS_FOLDER, CONFIG_FILE
+from crystallm_jax.train_run.train_config import TrainConfig
+from crystallm_jax.training.batches import PlacedBatches
+from crystallm_jax.training.checkpoint import Checkpoints
 from crystallm_jax.training.early import Patience
 from crystallm_jax.training.evaluate import Evaluator
 from crystallm_jax.training.nonfinite import NonFiniteSteps

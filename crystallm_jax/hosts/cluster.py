@@ -4,10 +4,9 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from crystallm_jax.errors import ConfigError
-from crystallm_jax.train_run.train_config import TrainConfig
 
 _PORTS = 1 << 16
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -15,6 +14,29 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES
 # PCI devices of this vendor that are TPUs, v2 and v3 to v7x; its network cards carry the same vendor.
 _GOOGLE = "0x1ae0"
 _TPU_CHIPS = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+
+
+class JoinSettings(Protocol):
+    """What a user says of the processes of a run; None is left to the cluster.
+
+    Attributes:
+        distributed: `auto`, `on` or `off`: whether there are several.
+        coordinator_address: HOST:PORT of process 0.
+        num_processes: how many there are.
+        process_id: which this is.
+        local_device_ids: of the GPUs that it sees, those that are its own, as `0,1`.
+    """
+
+    @property
+    def distributed(self) -> str | bool: ...  # noqa: D102  as above, here and below
+    @property
+    def coordinator_address(self) -> str | None: ...  # noqa: D102
+    @property
+    def num_processes(self) -> int | None: ...  # noqa: D102
+    @property
+    def process_id(self) -> int | None: ...  # noqa: D102
+    @property
+    def local_device_ids(self) -> str | None: ...  # noqa: D102
 
 
 class Machine(NamedTuple):
@@ -51,7 +73,7 @@ class Plan(NamedTuple):
     local_device_ids: tuple[int, ...] | None = None
 
 
-def make_plan(config: TrainConfig, environment: Mapping[str, str], machine: Machine) -> Plan:
+def make_plan(config: JoinSettings, environment: Mapping[str, str], machine: Machine) -> Plan:
     """Decide by the settings, then by what a cluster has put into the environment.
 
     Raises:

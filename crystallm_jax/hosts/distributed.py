@@ -18,9 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from crystallm_jax.errors import ConfigError, CrystallmError
+from crystallm_jax.hosts.cluster import JoinSettings, Plan, find_machine, make_plan
 from crystallm_jax.signals import EXIT_AGAIN, StoppedError
-from crystallm_jax.train_run.train_config import TrainConfig
-from crystallm_jax.training.cluster import Plan, find_machine, make_plan
 
 # Seconds: until all must have come, until one that no longer answers is given up (and the others with it), and how
 # long those that end wait for each other.
@@ -41,7 +40,7 @@ class PeerLostError(CrystallmError):
     exit_code = EXIT_AGAIN
 
 
-def join(config: TrainConfig) -> None:
+def join(config: JoinSettings) -> None:
     """Join the other processes of the run, if there are any; before any device is touched.
 
     Raises:
