@@ -1,7 +1,7 @@
 """The house: imports run one way along the line of rooms, some rooms know no JAX, and nothing grows too long."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +123,7 @@ def test_modules_do_not_import_in_a_circle() -> None:
     }
     modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
     edges = {
-        name: {item.module for item in _top_level_imports(file) if item.module in modules} - {name}
+        name: {reached for reached in _reached(file, modules) if reached in modules} - {name, PACKAGE.name}
         for name, file in modules.items()
     }
     done: set[str] = set()
@@ -140,16 +140,14 @@ def test_modules_do_not_import_in_a_circle() -> None:
     assert done == modules.keys()
 
 
-def _top_level_imports(file: Path) -> Iterator[Import]:
-    """What importing the file imports; a room's __init__ stands for the room only where it is named itself."""
-    for node in _parsed(file).body:
+def _reached(file: Path, modules: Collection[str]) -> Iterator[str]:
+    """The modules of the package that a file imports, inside of functions too, but for the front door."""
+    for node in ast.walk(_parsed(file)):
         if isinstance(node, ast.ImportFrom):
-            yield Import(_name(file), node.lineno, node.module)
-            for alias in node.names:
-                yield Import(_name(file), node.lineno, f"{node.module}.{alias.name}")
+            inner = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in modules else node.module for name in inner)
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(_name(file), node.lineno, alias.name)
+            yield from (alias.name for alias in node.names)
 
 
 def test_rooms_for_people_without_an_accelerator_know_no_jax() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from crystallm_jax.cif import CIFTokenizer, preprocess_cif, stream_text, symmetrized_cif
-from crystallm_jax.cli import prepare as verb
+from crystallm_jax.cli.flags import prepare as verb
+from crystallm_jax.cli.prepare import run
 from crystallm_jax.data import Record, TokenStore
 from crystallm_jax.data import prepare as prepare_module
 from crystallm_jax.data.prepare import prepare
@@ -316,7 +317,7 @@ def test_the_verb(cifs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     args = _parse(
         str(cifs), "--out", str(tmp_path / "out"), "--workers", "0", "--dedup", "--split", "0.3,0.2"
     )
-    assert args.run(args) == 0
+    assert run(args) == 0
     printed = capsys.readouterr().out
     assert "8 structures read, 3 kept, 5 dropped" in printed
     assert "parse: site" in printed

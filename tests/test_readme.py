@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_jax.cli import VERBS
+from crystallm_jax.cli.flags import add_verbs
 from crystallm_jax.train_run.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +32,7 @@ def _name(page: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="crystallm")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in VERBS:
-        verb.add_parser(verbs)
+    add_verbs(parser.add_subparsers(dest="verb", required=True))
     return parser
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from crystallm_jax.cif import make_prompt
-from crystallm_jax.cli.sample_prompts import add_prompt_flags, prompts_from
+from crystallm_jax.cli.flags.prompts import add_prompt_flags
+from crystallm_jax.cli.sample_prompts import prompts_from
 from crystallm_jax.errors import CIFError, ConfigError, CrystallmError, SamplingError
 from crystallm_jax.sampling.prompts import Prompt
 

@@ -1,6 +1,7 @@
-"""The command line: one module a verb, each with `add_parser` and `run`."""
+"""The command line: of each verb a module with its `run`, loaded when it is wanted, and one with its flags."""
 
 import argparse
+import importlib
 import importlib.util
 import logging
 import os
@@ -10,12 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import crystallm_jax
-from crystallm_jax.cli import compile as compile_verb
-from crystallm_jax.cli import convert, download, embeddings, info, prepare, sample, score, train
+from crystallm_jax.cli.flags import add_verbs
 from crystallm_jax.errors import CrystallmError
 from crystallm_jax.signals import EXIT_INTERRUPTED, StoppedError, stop_at_once
-
-VERBS = (prepare, info, train, sample, score, compile_verb, convert, download, embeddings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="crystallm", description="Crystal structures from a language model of CIF text."
     )
     parser.add_argument("--version", action="version", version=f"crystallm-jax {crystallm_jax.__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in VERBS:
-        verb.add_parser(verbs)
+    add_verbs(parser.add_subparsers(dest="verb", required=True, metavar="VERB"))
     parsed, left = parser.parse_known_args(arguments)
     # argparse takes settings before the options or behind them, not both.
     if left and (not hasattr(parsed, "overrides") or any(re.match("-|[^=]*$", text) for text in left)):
@@ -41,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libtpu()
     try:
         with stop_at_once():
-            return parsed.run(parsed)
+            return int(importlib.import_module(f"crystallm_jax.cli.{parsed.verb}").run(parsed))
     except CrystallmError as error:
         # A name with a line break would make two lines of it.
         print(f"crystallm {parsed.verb}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # noqa: T201

@@ -6,60 +6,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from crystallm_jax.errors import DataError
+from tqdm import tqdm
+
+from crystallm_jax.artifacts.cache import artifact_folder
+from crystallm_jax.artifacts.fetching import Kept, fetch, kept
+from crystallm_jax.artifacts.source import Source, default_source, without_password
+from crystallm_jax.artifacts.table import KINDS, LICENCE, Artifact, find, size_text
+from crystallm_jax.artifacts.unpacking import check_free, unpack
+from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.files import digest_of, new_file, write_errors
-
-if TYPE_CHECKING:
-    from crystallm_jax.artifacts.fetching import Kept
-    from crystallm_jax.artifacts.source import Source
-    from crystallm_jax.artifacts.table import Artifact
-
-_EXAMPLE = """\
-examples:
-  crystallm download --list
-  crystallm download crystallm_v1_small
-  crystallm download prompts_mp_20_test challenge_set_v1 --unpack --out data
-  crystallm download cifs_v1_test.pkl.gz --out data
-  crystallm download --list --json | jq -r '.[] | select(.kind == "model") | .name'
-
-environment:
-  CRYSTALLM_MIRROR  the URL of a folder that holds the files, to have them from there
-  CRYSTALLM_CACHE   where files are kept (default: crystallm_jax in the user's cache folder)
-Proxies and certificates: HTTPS_PROXY, NO_PROXY and REQUESTS_CA_BUNDLE.
-"""
-
-
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
-    """Add the verb and its flags."""
-    parser = subparsers.add_parser(
-        "download",
-        help="the published models and data by name",
-        description="Download published files, check them and keep them; prints where each lies.\n"
-        "A download that was broken off goes on where it was.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a file, with or without its ending")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="put the files, or what is unpacked, there (default: leave files in the cache; unpack into the current "
-        "folder)",
-    )
-    parser.add_argument(
-        "--unpack",
-        action="store_true",
-        help="unpack archives into DIR/NAME (default: leave them as they are)",
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="show all files, and which are in the cache (default: download)"
-    )
-    parser.add_argument("--json", action="store_true", help="with --list: as a JSON array (default: as text)")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,8 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: flags that do not go together, or a mirror that is no URL.
         DataError: a file that is not known, cannot be had, or cannot be put where it is wanted.
     """
-    from crystallm_jax.artifacts.source import default_source  # noqa: PLC0415  --help needs none of it
-
     _check(arguments)
     source = default_source()
     if arguments.list:
@@ -81,8 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from crystallm_jax.errors import ConfigError  # noqa: PLC0415
-
     if arguments.list and (arguments.names or arguments.out or arguments.unpack):
         raise ConfigError(
             "--list shows what there is and takes neither NAMEs nor --out nor --unpack: leave them out"
@@ -93,10 +45,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("no NAME given: name files to download, or give --list to see them")
 
 
-def _download(arguments: argparse.Namespace, source: "Source") -> None:
-    from crystallm_jax.artifacts.fetching import fetch  # noqa: PLC0415
-    from crystallm_jax.artifacts.table import LICENCE, find  # noqa: PLC0415
-
+def _download(arguments: argparse.Namespace, source: Source) -> None:
     # What cannot be done is said before anything is downloaded.
     wanted = list(dict.fromkeys(find(name, source.artifacts) for name in arguments.names))
     places = {artifact: _place(artifact, arguments) for artifact in wanted}
@@ -111,11 +60,8 @@ def _download(arguments: argparse.Namespace, source: "Source") -> None:
         sys.stdout.flush()
 
 
-def _place(artifact: "Artifact", arguments: argparse.Namespace) -> Path | None:
+def _place(artifact: Artifact, arguments: argparse.Namespace) -> Path | None:
     """Where a file, or what is in it, is to lie; None for the cache."""
-    from crystallm_jax.artifacts.unpacking import check_free  # noqa: PLC0415
-    from crystallm_jax.errors import DataError  # noqa: PLC0415
-
     folder: Path = arguments.out or Path()
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out {folder}: is a file: give a folder")
@@ -128,17 +74,13 @@ def _place(artifact: "Artifact", arguments: argparse.Namespace) -> Path | None:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    from tqdm import tqdm  # noqa: PLC0415
-
-    from crystallm_jax.artifacts.unpacking import unpack  # noqa: PLC0415
-
     with tqdm(
         total=path.stat().st_size, unit="B", unit_scale=True, desc=f"unpack {folder.name}", disable=None
     ) as bar:
         unpack(path, folder, on_bytes=bar.update)
 
 
-def _put(path: Path, place: Path, artifact: "Artifact") -> None:
+def _put(path: Path, place: Path, artifact: Artifact) -> None:
     """Put a file of the cache to another place, where nothing else may lie."""
     with write_errors(place, DataError, mend="; give another --out"):
         if place.exists():
@@ -154,11 +96,7 @@ def _put(path: Path, place: Path, artifact: "Artifact") -> None:
                 shutil.copyfile(path, partial)
 
 
-def _as_table(source: "Source") -> str:
-    from crystallm_jax.artifacts.cache import artifact_folder  # noqa: PLC0415
-    from crystallm_jax.artifacts.source import without_password  # noqa: PLC0415
-    from crystallm_jax.artifacts.table import KINDS, LICENCE, size_text  # noqa: PLC0415
-
+def _as_table(source: Source) -> str:
     width = max(len(artifact.name) for artifact in source.artifacts)
     lines = []
     for kind, about in KINDS.items():
@@ -176,22 +114,17 @@ def _as_table(source: "Source") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _held(artifacts: "Sequence[Artifact]") -> "list[tuple[Artifact, Kept]]":
-    from crystallm_jax.artifacts.fetching import kept  # noqa: PLC0415
-
+def _held(artifacts: Sequence[Artifact]) -> list[tuple[Artifact, Kept]]:
     return [(artifact, kept(artifact)) for artifact in artifacts]
 
 
-def _state(artifact: "Artifact", held: "Kept") -> str:
+def _state(artifact: Artifact, held: Kept) -> str:
     if held.state == "partial":
         return f"{min(100 * held.size // artifact.size, 99)} % of it in the cache"
     return {"checked": "in the cache", "unchecked": "in the cache, not checked yet"}.get(held.state, "")
 
 
-def _as_json(source: "Source") -> str:
-    from crystallm_jax.artifacts.cache import artifact_folder  # noqa: PLC0415
-    from crystallm_jax.artifacts.source import without_password  # noqa: PLC0415
-
+def _as_json(source: Source) -> str:
     rows = [
         {
             "name": artifact.stem,

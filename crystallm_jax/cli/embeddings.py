@@ -2,89 +2,24 @@
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
+from crystallm_jax.cli.flags.embeddings import DEFAULT_OUT, KINDS
+from crystallm_jax.embeddings import find_token, kind_of, nearest, vectors
+from crystallm_jax.embeddings.measures import measures, sentences
+from crystallm_jax.embeddings.neighbours import Neighbour
+from crystallm_jax.embeddings.page import page_of
+from crystallm_jax.embeddings.plot import plot_table
+from crystallm_jax.embeddings.projection import Projection, project
+from crystallm_jax.embeddings.vectors import EmbeddingTable, Kind, drawn_kind, file_name, shown, to_csv
 from crystallm_jax.errors import ConfigError, DataError
 from crystallm_jax.files import new_file
 
-if TYPE_CHECKING:
-    from crystallm_jax.embeddings.neighbours import Neighbour
-    from crystallm_jax.embeddings.projection import Projection
-    from crystallm_jax.embeddings.vectors import EmbeddingTable, Kind
-
-# As `DrawnKind` and `ProjectionName`, which need NumPy.
-_KINDS = ("atom", "digit", "spacegroup")
-_PROJECTIONS = ("pca", "tsne")
-_DEFAULT_OUT = "embeddings"
 # Of files, that say what they are, not whose.
 _PLAIN_NAMES = {"ckpt", "model"}
-
-_EXAMPLE = """\
-examples:
-  crystallm embeddings default
-  crystallm embeddings ckpt.pt --kind spacegroup --projection tsne --out pictures
-  crystallm embeddings crystallm_v1_small.atom_vectors.csv.gz --out pictures
-  crystallm embeddings runs/mine --neighbours Na --neighbours Fm-3m --count 5
-"""
-
-
-def add_parser(verbs: Any) -> None:
-    """Add the verb to the command line."""
-    parser = verbs.add_parser(
-        "embeddings",
-        help="the vectors of elements, digits and space groups: files, pictures, neighbours",
-        description="Write the vectors that a model has learned for its tokens in the published CSV layout, draw them"
-        "\nin the plane (PNG, and a page in which one can point at a token), and say how well neighbours"
-        "\nagree with the periodic table and the crystal systems.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "model",
-        metavar="M",
-        help="a model of any format, a file, folder or name, or a CSV file of vectors, also gzipped",
-    )
-    add(
-        "--kind",
-        action="append",
-        choices=_KINDS,
-        help="of tokens; may be given several times (default: all three, or that of the CSV file)",
-    )
-    add(
-        "--projection",
-        choices=_PROJECTIONS,
-        default="pca",
-        help="principal components, or t-SNE over cosine distances, which needs scikit-learn:"
-        " pip install 'crystallm-jax[embeddings]' (default: %(default)s)",
-    )
-    add(
-        "--out",
-        metavar="DIR",
-        help="folder for NAME.atom_vectors.csv (number_vectors, spacegroup_vectors), NAME.KIND.png and NAME.KIND.html"
-        f" (default: {_DEFAULT_OUT}; with --neighbours nothing is written unless it is given)",
-    )
-    add(
-        "--neighbours",
-        action="append",
-        default=[],
-        metavar="TOKEN",
-        help="print the nearest tokens by cosine; may be given several times; space groups with or without _sg,"
-        " \\n for the line end",
-    )
-    add("--count", type=_count, default=10, metavar="N", help="of neighbours (default: %(default)s)")
-    add(
-        "--among",
-        choices=("kind", "all"),
-        default="kind",
-        help="neighbours of the token's kind, or of the whole vocabulary (default: %(default)s)",
-    )
-    add("--json", action="store_true", help="print one JSON object (default: text)")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,8 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = [_neighbours(tables, text, arguments) for text in arguments.neighbours]
     drawn: list[_Drawn] = []
     if arguments.out is not None or not arguments.neighbours:
-        out = Path(arguments.out or _DEFAULT_OUT)
-        kinds = [kind for kind in tables if kind in (arguments.kind or _KINDS)]
+        out = Path(arguments.out or DEFAULT_OUT)
+        kinds = [kind for kind in tables if kind in (arguments.kind or KINDS)]
         drawn = [_write(name, tables[kind], out, arguments) for kind in kinds]
     if arguments.json:
         report = {
@@ -118,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
 class _Drawn(NamedTuple):
     """A kind that was drawn."""
 
-    table: "EmbeddingTable"
-    projection: "Projection"
+    table: EmbeddingTable
+    projection: Projection
     measures: Mapping[str, float]
     files: tuple[str, ...]
 
@@ -135,8 +70,6 @@ class _Drawn(NamedTuple):
         }
 
     def text(self) -> str:
-        from crystallm_jax.embeddings.measures import sentences  # noqa: PLC0415
-
         tokens, width = self.table.vectors.shape
         head = f"{self.table.kind}: {tokens} vectors of {width} numbers"
         lines = [head, *(f"  {sentence}" for sentence in sentences(self.measures))]
@@ -148,25 +81,21 @@ class _Near(NamedTuple):
 
     token: str
     among: str
-    neighbours: "list[Neighbour]"
+    neighbours: list[Neighbour]
 
     def text(self) -> str:
-        from crystallm_jax.embeddings.vectors import shown  # noqa: PLC0415
-
         rows = [(shown(token).removesuffix("_sg"), cosine) for token, cosine in self.neighbours]
         width = max((len(token) for token, _ in rows), default=0)
         lines = [f"{shown(self.token).removesuffix('_sg')}: nearest by cosine among {self.among}"]
         return "\n".join([*lines, *(f"  {token:<{width}}  {cosine:7.4f}" for token, cosine in rows), ""])
 
 
-def _tables(arguments: argparse.Namespace) -> "tuple[str, dict[Kind, EmbeddingTable]]":
+def _tables(arguments: argparse.Namespace) -> tuple[str, dict[Kind, EmbeddingTable]]:
     """The model's name, and its tables by kind; of a file of vectors, its one.
 
     Raises:
         CrystallmError: it cannot be read, or does not hold what is wanted.
     """
-    from crystallm_jax.embeddings import vectors  # noqa: PLC0415  needs NumPy, --help does not
-
     model = arguments.model
     if vectors.is_vector_file(model):
         table = vectors.read_csv(model)
@@ -197,14 +126,12 @@ def _name_of(model: str) -> str:
     return path.name if not path.exists() else path.resolve().name
 
 
-def _neighbours(tables: "Mapping[Kind, EmbeddingTable]", text: str, arguments: argparse.Namespace) -> _Near:
+def _neighbours(tables: Mapping[Kind, EmbeddingTable], text: str, arguments: argparse.Namespace) -> _Near:
     """Look a token's neighbours up.
 
     Raises:
         DataError: it is no token, or its vector is not there.
     """
-    from crystallm_jax.embeddings import find_token, kind_of, nearest  # noqa: PLC0415
-
     token = find_token(text)
     kind: Kind = "all" if arguments.among == "all" else kind_of(token)
     if kind not in tables:
@@ -219,18 +146,12 @@ def _neighbours(tables: "Mapping[Kind, EmbeddingTable]", text: str, arguments: a
     return _Near(token, among, nearest(table, token, arguments.count))
 
 
-def _write(name: str, table: "EmbeddingTable", out: Path, arguments: argparse.Namespace) -> _Drawn:
+def _write(name: str, table: EmbeddingTable, out: Path, arguments: argparse.Namespace) -> _Drawn:
     """Write the vectors, the picture and the page of a kind; each appears under its name when it is complete.
 
     Raises:
         DataError: the folder or a file in it cannot be written.
     """
-    from crystallm_jax.embeddings.measures import measures, sentences  # noqa: PLC0415
-    from crystallm_jax.embeddings.page import page_of  # noqa: PLC0415
-    from crystallm_jax.embeddings.plot import plot_table  # noqa: PLC0415
-    from crystallm_jax.embeddings.projection import project  # noqa: PLC0415
-    from crystallm_jax.embeddings.vectors import drawn_kind, file_name, to_csv  # noqa: PLC0415
-
     kind = drawn_kind(table)
     projection, figures = project(table.vectors, arguments.projection), measures(table)
     page = page_of(table, projection, name=name, measures=sentences(figures))
@@ -249,9 +170,3 @@ def _write(name: str, table: "EmbeddingTable", out: Path, arguments: argparse.Na
 def _appear(path: Path, write: "Callable[[Path], object]") -> None:
     with new_file(path, DataError, mend=": give another --out") as partial:
         write(partial)
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
-    return int(text)

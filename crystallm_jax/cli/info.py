@@ -8,10 +8,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from crystallm_jax.data.describe import SplitDescription, StoreDescription
+from crystallm_jax.cif import ELEMENTS, SPACEGROUPS
+from crystallm_jax.cif.spacegroups import CRYSTAL_SYSTEMS, crystal_system
+from crystallm_jax.cli.run_info import show as show_run
+from crystallm_jax.data.describe import SplitDescription, StoreDescription, describe, merged_histogram
+from crystallm_jax.models.detect import is_model
+from crystallm_jax.models.locate import is_name, locate
+from crystallm_jax.train_run.names import is_run
 
 _WIDTH = 100
 _BARS = 16
@@ -34,50 +38,6 @@ _ROWS = (
 _COLUMNS = 18
 _JOINED = "\N{NO-BREAK SPACE}"
 
-_EXAMPLE = """\
-examples:
-  crystallm info data/mine
-  crystallm info data/mine --plot lengths.png
-  crystallm info data/mine --json | jq .splits.train.elements.Na
-  crystallm info runs/mine
-  crystallm info runs/mine --json | jq .best_val_loss
-  crystallm info models/mine
-  crystallm info default
-"""
-
-
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
-    """Add the verb and its flags."""
-    parser = subparsers.add_parser(
-        "info",
-        help="what a prepared folder or a model holds, and whether it is whole; where a training run stands",
-        description="Describe a prepared folder or a model and verify it; exits with 1 if anything is wrong with it. "
-        "Or describe a run folder, while it is written to, too, and draw its curves.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "folder",
-        metavar="WHAT",
-        help="a prepared folder, or published token files or their archive; a model: a file or folder of any format, "
-        "a name, or one of a run's checkpoints; or a run folder",
-    )
-    parser.add_argument("--json", action="store_true", help="all of it as one JSON object (default: as text)")
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="compare no checksums but those of parameters (default: compare all)",
-    )
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="draw the lengths, or the run's curves, as .png, .pdf or .svg (default: no lengths; curves.png in the "
-        "run folder; models have no picture)",
-    )
-    parser.set_defaults(run=run)
-    return parser
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Describe a folder; returns 1 if anything is wrong with it.
@@ -85,18 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         DataError: the folder holds no tokens, or the picture cannot be written.
     """
-    from crystallm_jax.train_run.names import is_run  # noqa: PLC0415  needs NumPy, --help does not
-
     if is_run(Path(arguments.folder)):
-        from crystallm_jax.cli.run_info import show  # noqa: PLC0415
-
-        return show(arguments)
+        return show_run(arguments)
     if (model := _model(arguments.folder)) is not None:
         from crystallm_jax.cli.model_info import show as show_model  # noqa: PLC0415  needs JAX
 
         return show_model(arguments, model)
-    from crystallm_jax.data.describe import describe  # noqa: PLC0415  needs NumPy, --help does not
-
     found = describe(arguments.folder, verify=not arguments.no_verify)
     if arguments.json:
         sys.stdout.write(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False) + "\n")
@@ -111,16 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _model(name: str) -> Path | None:
     """Where the model of this name lies, a run's checkpoint among them; None for what is no model."""
-    from crystallm_jax.models.detect import is_model  # noqa: PLC0415  needs NumPy, --help does not
-    from crystallm_jax.models.locate import is_name, locate  # noqa: PLC0415
-
     path = Path(name)
     if path.exists():
         return path if is_model(path) else None
     return locate(name) if is_name(name) else None
 
 
-def report(found: "StoreDescription") -> str:
+def report(found: StoreDescription) -> str:
     """The description as text of at most 100 columns, but for what has no blank to break it at."""
     splits = tuple(found.splits.values())
     records, tokens = sum(split.records for split in splits), sum(split.tokens for split in splits)
@@ -141,7 +92,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _table(splits: "Mapping[str, SplitDescription]") -> list[str]:
+def _table(splits: Mapping[str, SplitDescription]) -> list[str]:
     first = next(iter(splits.values()))
     header = ["", "records", "tokens", "shortest", "median", "mean", "95 %", "longest"]
     header += [f"> {context}" for context in first.lengths.longer] + ["<unk>", "marked"]
@@ -172,7 +123,7 @@ def _bar(count: int, largest: int, length: int = _BAR_LENGTH) -> str:
     return "#" * max(round(length * count / max(largest, 1)), 1 if count else 0)
 
 
-def _histogram(splits: "Sequence[SplitDescription]") -> list[str]:
+def _histogram(splits: Sequence[SplitDescription]) -> list[str]:
     """Records by length over all splits, in at most `_BARS` rows; the last takes the tail."""
     width, counts = merged_histogram(splits)
     longest = max(split.lengths.longest for split in splits)
@@ -194,20 +145,8 @@ def _histogram(splits: "Sequence[SplitDescription]") -> list[str]:
     return lines
 
 
-def merged_histogram(splits: "Sequence[SplitDescription]") -> tuple[int, list[int]]:
-    """(bin width, records a bin) over some splits: the widths are powers of two times one number."""
-    width = max(split.lengths.bin_width for split in splits)
-    counts: Counter[int] = Counter()
-    for split in splits:
-        for i, count in enumerate(split.lengths.histogram):
-            counts[i * split.lengths.bin_width // width] += count
-    return width, [counts[i] for i in range(max(counts) + 1)]
-
-
-def _elements(splits: "Sequence[SplitDescription]", records: int) -> list[str]:
+def _elements(splits: Sequence[SplitDescription], records: int) -> list[str]:
     """Records that contain each element, as the periodic table."""
-    from crystallm_jax.cif import ELEMENTS  # noqa: PLC0415
-
     counts = _summed(split.elements for split in splits)
     cells = {ELEMENTS[symbol].number: (symbol, _short(count)) for symbol, count in counts.items() if count}
     lines = []
@@ -245,11 +184,8 @@ def _summed(parts: "Iterable[Mapping[str, int]]") -> Counter[str]:
     return total
 
 
-def _spacegroups(splits: "Sequence[SplitDescription]", records: int) -> list[str]:
+def _spacegroups(splits: Sequence[SplitDescription], records: int) -> list[str]:
     """Records by crystal system, and the most common space groups."""
-    from crystallm_jax.cif import SPACEGROUPS  # noqa: PLC0415
-    from crystallm_jax.cif.spacegroups import CRYSTAL_SYSTEMS, crystal_system  # noqa: PLC0415
-
     counts = _summed(split.spacegroups for split in splits)
     systems = dict.fromkeys(CRYSTAL_SYSTEMS, 0)
     for symbol, count in counts.items():
@@ -263,7 +199,7 @@ def _spacegroups(splits: "Sequence[SplitDescription]", records: int) -> list[str
     return lines + _wrapped("  most common: ", _shares(counts, _TOP, records))
 
 
-def _tokens(splits: "Sequence[SplitDescription]") -> list[str]:
+def _tokens(splits: Sequence[SplitDescription]) -> list[str]:
     """The most common tokens, and what is never seen; space groups have their own lines above."""
     counts = _summed(split.token_counts for split in splits)
     never = [token for token, count in counts.items() if not count]
@@ -299,7 +235,7 @@ def _wrapped(head: str, text: str) -> list[str]:
     return [line.replace(_JOINED, " ") for line in lines]
 
 
-def _origin(found: "StoreDescription") -> Iterator[str]:
+def _origin(found: StoreDescription) -> Iterator[str]:
     """Where the records came from, how they were made, and what was dropped."""
     for i, source in enumerate(found.sources):
         yield f"{'made from' if i == 0 else '':<10}  {source}"
@@ -322,7 +258,7 @@ def _origin(found: "StoreDescription") -> Iterator[str]:
         yield f"{'sha256' if i == 0 else '':<10}  {split.sha256}  {name}.bin"
 
 
-def _verdict(found: "StoreDescription") -> Iterator[str]:
+def _verdict(found: StoreDescription) -> Iterator[str]:
     if found.problems:
         yield f"{_plural(len(found.problems), 'thing')} wrong:"
         yield from (f"  {problem}" for problem in found.problems)

@@ -5,8 +5,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from crystallm_jax.cli.info import merged_histogram
-from crystallm_jax.data.describe import CONTEXTS, StoreDescription
+from crystallm_jax.data.describe import CONTEXTS, StoreDescription, merged_histogram
 from crystallm_jax.errors import DataError
 
 _MOST_BARS = 96

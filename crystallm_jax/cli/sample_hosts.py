@@ -1,12 +1,13 @@
-"""Flags of `crystallm sample` for several devices and several processes, and how processes sample together."""
+"""How several processes of `crystallm sample` sample together."""
 
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from crystallm_jax.cli.sample_prompts import positive
+import jax
+
+from crystallm_jax.hosts.distributed import join, parted, peers_watched, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,6 @@ class _Hosts:
     local_device_ids: str | None
 
 
-def add_device_flags(add: Callable[..., Any]) -> None:
-    """Add the flags, whose meaning is that of the keys of training."""
-    add(
-        "--tensor",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="devices that each replica of the model is split over; all devices are used (default: %(default)s)",
-    )
-    add(
-        "--distributed",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="whether several processes sample together, each its own prompts, into one folder that all can write"
-        " (default: as the cluster says)",
-    )
-    add("--coordinator-address", metavar="HOST:PORT", help="of process 0, where the cluster does not say it")
-    add("--num-processes", type=positive, metavar="N", help="likewise")
-    add("--process-id", type=_number, metavar="K", help="which of them this is, likewise")
-    add("--local-device-ids", metavar="I,J", help="GPUs of this process (default: all that it sees)")
-
-
 @contextlib.contextmanager
 def joined(arguments: argparse.Namespace) -> Iterator[Part]:
     """Join the other processes of the run, if there are any, and end with them; before any device is touched.
@@ -69,8 +48,6 @@ def joined(arguments: argparse.Namespace) -> Iterator[Part]:
         ConfigError: they cannot be found or do not come.
         PeerLostError: one is gone.
     """
-    from crystallm_jax.hosts.distributed import join, parted, peers_watched, wait_for_all  # noqa: PLC0415
-
     join(
         _Hosts(
             arguments.distributed,
@@ -80,15 +57,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[Part]:
             arguments.local_device_ids,
         )
     )
-    import jax  # noqa: PLC0415
-
     with parted("sample"), peers_watched("--resume"):
         yield Part(jax.process_index(), jax.process_count(), wait_for_all)
         # The first writes the tables of all.
         wait_for_all("written")
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on")
-    return int(text)

@@ -1,26 +1,17 @@
-"""What `crystallm sample` is asked for: the flags that name prompts, and the prompts that they name."""
+"""The prompts that the flags of `crystallm sample` name."""
 
 import argparse
 import logging
-import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from crystallm_jax.sampling.prompts import Prompt
-
-FIT = "fit"
-DEFAULT_MAX_FORMULA_ATOMS = 12
-# What a search over the numbers of formula units stops at where --max-sites does not say.
-DEFAULT_FIT_SITES = 100
-
-PROMPT_HELP = """A composition counts the atoms of the whole cell; --formula is a formula unit. --prompts reads
-  a CSV         with a column `composition`, or `formula` and `z`, and, if wanted, `spacegroup`, `n` (samples), `id`;
-  a text file   with a composition and, if wanted, a space group a line;
-  a folder      that `prepare` made, whose test records are asked for;
-  an archive    of prompts as texts ID.txt (.tar.gz), as published, a folder of them, or one of them.
---elements asks for the formulas of all these elements whose common oxidation states balance, smallest first.
-"""
+from crystallm_jax.cif.formula import cell_formula
+from crystallm_jax.cli.flags.prompts import DEFAULT_FIT_SITES, DEFAULT_MAX_FORMULA_ATOMS, FIT
+from crystallm_jax.errors import ConfigError, SamplingError
+from crystallm_jax.sampling import prompts as sources
+from crystallm_jax.sampling.cells import fitting_prompts
+from crystallm_jax.sampling.chemistry import balanced_formulas
+from crystallm_jax.sampling.prompt_files import DEFAULT_UNITS, read_prompts
+from crystallm_jax.sampling.prompts import Prompt, formula_prompts
 
 # Flags that say more about others: themselves, what they go with, and why not with the rest.
 _GO_WITH = (
@@ -34,57 +25,9 @@ _GO_WITH = (
 _log = logging.getLogger(__name__)
 
 
-def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `prompts_from` reads."""
-    sources = parser.add_mutually_exclusive_group(required=True)
-    sources.add_argument("--composition", metavar="C", help="of the whole cell: Na4Cl4")
-    sources.add_argument("--formula", metavar="F", help="a formula unit, NaCl; --z says how many fill a cell")
-    sources.add_argument("--elements", metavar="E", type=_elements, help="a chemical system: Li-Fe-P-O")
-    sources.add_argument("--prompts", metavar="FILE", help="many prompts, see below")
-    sources.add_argument(
-        "--unconditional", action="store_true", help="leave even the composition to the model"
-    )
-    add = parser.add_argument
-    add(
-        "--z",
-        type=_units,
-        metavar="Z",
-        help="formula units a cell: numbers, or `fit` for all whose text can fit the context (default: 1,2,3,4)",
-    )
-    add(
-        "--spacegroup",
-        type=_spacegroups,
-        metavar="S",
-        help="a symbol (Fm-3m) or a number (225), several separated by commas, or `compatible` for all whose"
-        " Wyckoff positions can hold the cell",
-    )
-    add("--with-spacegroup", action="store_true", help="prompt the records of a prepared folder with theirs")
-    add("--subsystems", action="store_true", help="with --elements: formulas of some of the elements too")
-    add(
-        "--max-formula-atoms",
-        type=positive,
-        metavar="N",
-        help=f"with --elements: atoms of a formula unit (default: {DEFAULT_MAX_FORMULA_ATOMS})",
-    )
-    add(
-        "--exclude-elements",
-        type=_symbols,
-        default=(),
-        metavar="E",
-        help="leave out prompts with one of these (Pb,Cd), and never draw their tokens",
-    )
-    add(
-        "--max-sites",
-        type=positive,
-        metavar="N",
-        help=f"leave out cells of more atoms (default: no limit; --z fit: {DEFAULT_FIT_SITES})",
-    )
-    add("--limit", type=positive, metavar="N", help="only the first N prompts")
-
-
 def prompts_from(
     arguments: argparse.Namespace, *, block_size: Callable[[], int] | None = None
-) -> "list[Prompt]":
+) -> list[Prompt]:
     """The prompts that the flags name.
 
     What is left out is counted in a message.
@@ -98,8 +41,6 @@ def prompts_from(
         CIFError: a composition, element or space group that the vocabulary cannot express.
         SamplingError: a condition that cannot be honoured, or none left.
     """
-    from crystallm_jax.sampling import prompts as sources  # noqa: PLC0415 - keeps --help instant
-
     _check(arguments)
     sources.excluded_ids(arguments.exclude_elements)
     prompts = _named(arguments, block_size or (lambda: _block_size(arguments.model)))
@@ -133,8 +74,6 @@ def _tell(count: int, which: str, *, kind: str = "prompts") -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from crystallm_jax.errors import ConfigError  # noqa: PLC0415
-
     for name, others, reason in _GO_WITH:
         given = getattr(arguments, name)
         if given is None or given is False:
@@ -152,10 +91,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _named(arguments: argparse.Namespace, block_size: Callable[[], int]) -> "list[Prompt]":
-    from crystallm_jax.sampling import prompts as sources  # noqa: PLC0415
-    from crystallm_jax.sampling.prompt_files import read_prompts  # noqa: PLC0415
-
+def _named(arguments: argparse.Namespace, block_size: Callable[[], int]) -> list[Prompt]:
     if arguments.unconditional:
         return [sources.unconditional_prompt()]
     if arguments.composition is not None:
@@ -169,17 +105,12 @@ def _named(arguments: argparse.Namespace, block_size: Callable[[], int]) -> "lis
 
 def _formulas_prompts(
     formulas: Sequence[str], arguments: argparse.Namespace, block_size: Callable[[], int]
-) -> "list[Prompt]":
+) -> list[Prompt]:
     """The prompts of formulas at each number of formula units.
 
     Raises:
         SamplingError: no cell of any fits the context.
     """
-    from crystallm_jax.errors import SamplingError  # noqa: PLC0415
-    from crystallm_jax.sampling.cells import fitting_prompts  # noqa: PLC0415
-    from crystallm_jax.sampling.prompt_files import DEFAULT_UNITS  # noqa: PLC0415
-    from crystallm_jax.sampling.prompts import formula_prompts  # noqa: PLC0415
-
     group = arguments.spacegroup
     if arguments.z != FIT:
         units = arguments.z or DEFAULT_UNITS
@@ -198,10 +129,7 @@ def _formulas_prompts(
     return prompts
 
 
-def _system_prompts(arguments: argparse.Namespace, block_size: Callable[[], int]) -> "list[Prompt]":
-    from crystallm_jax.cif.formula import cell_formula  # noqa: PLC0415
-    from crystallm_jax.sampling.chemistry import balanced_formulas  # noqa: PLC0415
-
+def _system_prompts(arguments: argparse.Namespace, block_size: Callable[[], int]) -> list[Prompt]:
     most = arguments.max_formula_atoms or DEFAULT_MAX_FORMULA_ATOMS
     fewest = 2 if arguments.subsystems else None
     formulas = [
@@ -216,44 +144,3 @@ def _block_size(model: str) -> int:
     from crystallm_jax.models.kinds import read_model  # noqa: PLC0415 - JAX
 
     return read_model(model).config.block_size
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
-    return int(text)
-
-
-def _units(text: str) -> tuple[int, ...] | str:
-    if text == FIT:
-        return FIT
-    try:
-        return tuple(positive(part.strip()) for part in text.split(","))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected whole numbers from 1 on such as 1,2,4, or {FIT}"
-        ) from None
-
-
-def _spacegroups(text: str) -> str:
-    if not all(part.strip() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected symbols or numbers separated by commas, or `compatible`"
-        )
-    return text
-
-
-def _symbols(text: str) -> tuple[str, ...]:
-    return _split(text, ",", "Pb,Cd")
-
-
-def _elements(text: str) -> tuple[str, ...]:
-    return _split(text, "-", "Li-Fe-P-O")
-
-
-def _split(text: str, separator: str, example: str) -> tuple[str, ...]:
-    symbols = tuple(part.strip() for part in text.split(separator))
-    if not all(re.fullmatch(r"[A-Z][a-z]?", symbol) for symbol in symbols):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected symbols of elements such as {example}")
-    return symbols

@@ -8,25 +8,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from crystallm_jax.api import CrystalModel, load_model
 from crystallm_jax.cif.vocabulary import SPACEGROUP_SUFFIX, TOKENS
+from crystallm_jax.data.preparing.inputs import Inputs
+from crystallm_jax.data.preparing.pipeline import Dropped, Recipe, prepare_one
+from crystallm_jax.data.reasons import Reasons
+from crystallm_jax.data.record import Record
 from crystallm_jax.errors import ModelError
 from crystallm_jax.files import new_file
-
-if TYPE_CHECKING:
-    from crystallm_jax.api import CrystalModel
-    from crystallm_jax.data.record import Record
+from crystallm_jax.sampling.scoring import score_texts
 
 # Crystals that are prepared before they are read together.
 _AT_ONCE = 256
 _SHOWN = 10
-
-_EXAMPLE = """\
-examples:
-  crystallm score mine.cif others/ --out scores.csv
-  crystallm score samples.csv --model runs/mine --given nothing --out scores.csv
-"""
 
 
 class Score(NamedTuple):
@@ -51,42 +49,12 @@ class Score(NamedTuple):
     problem: str = ""
 
 
-def add_parser(verbs: Any) -> None:
-    """Add the verb to the command line."""
-    parser = verbs.add_parser(
-        "score",
-        help="log-probability and perplexity of given crystals",
-        description="Prepare crystals as for training (symmetrised, standardised) and say how probable the model finds"
-        "\neach: a CSV row a crystal, ranked by perplexity, the least first. Whatever cannot be scored"
-        "\nhas a row that says why.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="FILE", help="CIFs, folders, CSV, archives: whatever `prepare` takes")
-    add("--model", default="default", metavar="M", help="a model of any format (default: %(default)s)")
-    add(
-        "--given",
-        choices=("nothing", "composition", "spacegroup"),
-        default="composition",
-        help="what the model is told and does not count: up to the data line, or to the space group"
-        " (default: %(default)s)",
-    )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
-    add("--out", required=True, metavar="FILE", help="the table, CSV")
-    add("--json", action="store_true", help="print one JSON object (default: text)")
-    parser.set_defaults(run=run)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Score and write; returns the exit code: 1 where nothing could be scored.
 
     Raises:
         CrystallmError: the model or an input cannot be read, or the table cannot be written.
     """
-    from crystallm_jax.api import load_model  # noqa: PLC0415  JAX is not loaded for --help
-    from crystallm_jax.data.preparing.inputs import Inputs  # noqa: PLC0415
-
     inputs = [(path, Inputs(([path],))) for path in arguments.inputs]
     model = load_model(arguments.model, dtype=arguments.dtype)
     rows = []
@@ -116,13 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if scored else 1
 
 
-def _score(model: "CrystalModel", path: str, records: "Sequence[Record]", *, given: str) -> Iterator[Score]:
+def _score(model: CrystalModel, path: str, records: Sequence[Record], *, given: str) -> Iterator[Score]:
     """A row for each record, without its rank."""
-    import numpy as np  # noqa: PLC0415  likewise
-
-    from crystallm_jax.data.preparing.pipeline import Dropped, Recipe, prepare_one  # noqa: PLC0415
-    from crystallm_jax.sampling.scoring import score_texts  # noqa: PLC0415
-
     most = model.config.block_size + 1
     texts, problems = {}, {}
     for number, record in enumerate(records):
@@ -146,7 +109,7 @@ def _score(model: "CrystalModel", path: str, records: "Sequence[Record]", *, giv
         yield Score(record.id, path, None, len(counted), round(total, 4), round(perplexity, 6))
 
 
-def _given_tokens(model: "CrystalModel", tokens: Any, given: str) -> int:
+def _given_tokens(model: CrystalModel, tokens: Any, given: str) -> int:
     """How many tokens of a text the model is told."""
     if given == "nothing":
         return 1
@@ -168,8 +131,6 @@ def _ranked(rows: Sequence[Score]) -> list[Score]:
 
 def _summary(rows: Sequence[Score], scored: Sequence[Score], out: str) -> str:
     """What is printed: how many, the most probable, and why others have no score."""
-    from crystallm_jax.data.reasons import Reasons  # noqa: PLC0415
-
     lines = [f"{len(rows)} crystals, {len(scored)} scored: {out}"]
     lines += [
         f"{row.rank:5}  perplexity {row.perplexity:8.4f}  log-probability {row.log_prob:10.3f}  {row.id}"

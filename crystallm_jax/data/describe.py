@@ -5,7 +5,8 @@ Tokens are read in pieces of whole records, so that memory stays bounded; of a r
 
 import csv
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,13 @@ def _count_problems(header: StoreHeader, dropped_rows: int | None) -> list[str]:
             there = "is missing" if dropped_rows is None else f"lists {dropped_rows:,}"
             problems.append(f"meta.json counts {counts['dropped']:,} dropped, dropped.csv {there}")
     return problems
+
+
+def merged_histogram(splits: Sequence[SplitDescription]) -> tuple[int, list[int]]:
+    """(bin width, records a bin) over some splits: the widths are powers of two times one number."""
+    width = max(split.lengths.bin_width for split in splits)
+    counts: Counter[int] = Counter()
+    for split in splits:
+        for i, count in enumerate(split.lengths.histogram):
+            counts[i * split.lengths.bin_width // width] += count
+    return width, [counts[i] for i in range(max(counts) + 1)]

@@ -17,7 +17,7 @@ from crystallm_jax.model.precision import matmul_precision
 Backend = Literal["xla", "blocked", "cudnn", "splash"]
 
 # The splash kernel works on multiples of the 128 lanes of a TPU's vector unit.
-LANES = 128
+_LANES = 128
 # Of cuDNN's fused attention: the widest heads that every device takes, and the oldest compute capability.
 _CUDNN_WIDEST, _AMPERE = 128, 8.0
 
@@ -60,7 +60,7 @@ def choose_backend(
         },
         "splash": {
             f"attention dropout {dropout_rate}": dropout_rate > 0,
-            f"rows of {tokens} tokens, no multiple of {LANES}": tokens % LANES > 0,
+            f"rows of {tokens} tokens, no multiple of {_LANES}": tokens % _LANES > 0,
         },
     }
     if requested != "auto":

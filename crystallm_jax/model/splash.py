@@ -11,11 +11,11 @@ import jax
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-from crystallm_jax.model.attention import LANES
 from crystallm_jax.model.axes import BATCH_AXES, TENSOR
 
-# Rows and columns of scores at a time; larger blocks do not fit into the on-chip memory with the backward pass.
-_BLOCK = 512
+# Rows and columns of scores at a time, multiples of the 128 lanes of the vector unit; larger blocks do not fit into the
+# on-chip memory with the backward pass.
+_BLOCKS = (512, 384, 256, 128)
 
 
 def splash_causal_attention(
@@ -57,7 +57,7 @@ def splash_causal_attention(
 
 def _kernel(heads: int, tokens: int, residual_name: str, interpret: bool) -> Callable[..., jax.Array]:
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((tokens, tokens))] * heads)
-    block = max(size for size in range(LANES, _BLOCK + 1, LANES) if tokens % size == 0)
+    block = next(size for size in _BLOCKS if tokens % size == 0)
     sizes = splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,
