@@ -23,11 +23,11 @@ import pytest
 import requests
 
 from crystallm_jax.artifacts import cache_folder, converted_folder, fetch, model_archives
-from crystallm_jax.artifacts import source as source_module
 from crystallm_jax.artifacts.fetching import kept
 from crystallm_jax.artifacts.source import Source, default_source, without_password
 from crystallm_jax.artifacts.table import KINDS, Artifact, find, published
 from crystallm_jax.artifacts.transfer import _Session
+from crystallm_jax.cli import download as download_verb
 from crystallm_jax.cli import main
 from crystallm_jax.errors import ConfigError, DataError
 
@@ -543,7 +543,7 @@ def verb(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
             archive.add(tmp_path / name, f"pair/{name}")
     server.files |= {"pair.tar.gz": (tmp_path / "pair.tar.gz").read_bytes(), "list.pkl": b"pickle"}
     table = [THING, *(_artifact(name, server.files[name]) for name in ("pair.tar.gz", "list.pkl"))]
-    monkeypatch.setattr(source_module, "default_source", lambda: server.source(*table))
+    monkeypatch.setattr(download_verb, "default_source", lambda: server.source(*table))
     logger = logging.getLogger("crystallm_jax")
     before = logger.handlers, logger.level, logger.propagate
     yield server
@@ -610,7 +610,7 @@ def test_the_verb_unpacks(
 def test_the_verb_lists_what_there_is_and_what_is_here(
     verb: Server, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fetch("list", source_module.default_source())
+    fetch("list", download_verb.default_source())
     (folder / f"{NAME}.partial").write_bytes(DATA[:100_000])
     (folder / "pair.tar.gz").write_bytes(b"by hand")
     capsys.readouterr()
