@@ -59,7 +59,7 @@ import os, signal, sys, time
 from pathlib import Path
 import jax
 from crystallm_jax.cli import main
-from crystallm_jax.training import distributed
+from crystallm_jax.hosts import distributed
 from crystallm_jax.signals import StopRequest
 
 distributed.HEARTBEAT_TIMEOUT_S = 4

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from crystallm_jax.cif import CIFTokenizer
-from crystallm_jax.data import Record, TokenStore, published
+from crystallm_jax.data import Record, TokenStore, published_tokens
 from crystallm_jax.data.published_tokens import read_token_records, token_archive_splits
 from crystallm_jax.data.reading import tokenfiles
 from crystallm_jax.data.reading.tokenfiles import unpacked_folder
@@ -294,7 +294,7 @@ def test_splits_of_folders_archives_and_other_things(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
 def test_records_of_an_archive_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(published, "_CHUNK", chunk)
+    monkeypatch.setattr(published_tokens, "_CHUNK", chunk)
     path = _archive(tmp_path / "tokens_x.tar.gz", _files())
     expected = [Record(str(i), text) for i, text in enumerate(TEXTS[:3])]
     assert list(read_token_records(path, "train")) == expected

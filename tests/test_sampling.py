@@ -345,7 +345,7 @@ def test_seeds_repeat_and_differ(drawn: list[Completion], few_params: dict[str, 
 def test_greedy_does_not_depend_on_the_seed(params: dict[str, Any]) -> None:
     prompt = np.array([20, 301, 45])
     rows = [_complete(CONFIG, params, [prompt], seed=seed)[0] for seed in (0, 1)]
-    assert rows[0][:-1] == rows[1][:-1]
+    assert rows[0]._replace(seconds=0) == rows[1]._replace(seconds=0)
 
 
 def test_samples_come_as_they_are_done_and_steps_are_compiled_once(few_params: dict[str, Any]) -> None:

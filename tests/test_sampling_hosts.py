@@ -39,7 +39,7 @@ from pathlib import Path
 import jax
 from crystallm_jax.cli import main
 from crystallm_jax.sample_run.run_folder import ResultsFolder
-from crystallm_jax.training import distributed
+from crystallm_jax.hosts import distributed
 
 distributed.HEARTBEAT_TIMEOUT_S = 4
 fault, dies, after = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from crystallm_jax.data import Record, read_records
-from crystallm_jax.data.reading import extxyz, streams, tables
+from crystallm_jax.data.reading import extxyz, streams, table_files
 from crystallm_jax.data.reading.texts import find_id_column, value_id
 from crystallm_jax.errors import DataError
 
@@ -137,7 +137,7 @@ def _parquet(path: Path, columns: dict[str, list[Any]], **options: Any) -> Path:
 
 
 def test_parquet_with_cifs_and_with_structures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(table_files, "_BATCH_ROWS", 2)
     ids, texts = ["a", "b", "c", "d", "e"], ["data_a", None, "data_c", "", "data_e"]
     records = list(read_records(_parquet(tmp_path / "a.parquet", {"cif": texts, "x": ids, "my_id": ids})))
     assert [r.id for r in records] == ids
