@@ -90,7 +90,7 @@ def tables() -> Tables:
                     forms += found
                     fixed += [(1 << place) * position.is_fixed] * len(found)
             count[number, multiplicity] = len(forms) - start[number, multiplicity]
-    return Tables(np.array(forms, np.int32), np.array(fixed, np.int32), start, count, int(count.max()))
+    return Tables(np.array(forms, np.int32), np.array(fixed, np.int32), start, count, int(np.max(count)))
 
 
 def _forms(position: Position) -> list[_Form]:
