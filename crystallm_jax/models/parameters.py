@@ -1,6 +1,6 @@
 """Parameters by name, as files hold them, and as nested dicts, as the model takes them.
 
-Published checkpoints have the names and shapes of `convert.names`.
+Published checkpoints have the names and shapes of `models.published_names`.
 
 In our files a parameter is named by its path joined by dots (`h_0.attn.c_attn.kernel`) and is a matrix or a vector, as
 `parameter_table` says. Read are also the layouts of training: layers stacked under `h`, and `c_attn` as three kernels
